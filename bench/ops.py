@@ -1,0 +1,152 @@
+"""The memory-bound op family: gated residuals, norms, squared ReLU."""
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import flamingo_fast
+from flamingo_fast.bench import work
+from flamingo_fast.bench.registry import Benchmark, Provider, Shape, Unavailable, normal
+
+EPS = 1e-5
+
+
+def _inputs(
+    names: str, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Parameters have the activations' dtype: a baseline with fp32 ones would promote to fp32."""
+    width = shape[-1:]
+    make = {
+        "x": lambda: normal(shape, dtype, device, seed=0),
+        "y": lambda: normal(shape, dtype, device, mean=0.5, seed=1),
+        "gate": lambda: torch.full((1,), 0.5, dtype=dtype, device=device),
+        "weight": lambda: normal(width, dtype, device, mean=1.0, seed=2),
+        "bias": lambda: normal(width, dtype, device, seed=3),
+    }
+    return {name: make[name]() for name in names.split()}
+
+
+def _gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return x + gate.tanh() * y
+
+
+def _gated_residual_layer_norm(x, y, gate, weight, bias):  # type: ignore[no-untyped-def]
+    residual = x + gate.tanh() * y
+    return residual, F.layer_norm(residual, weight.shape, weight, bias, EPS)
+
+
+def _gated_residual_rms_norm(x, y, gate, weight):  # type: ignore[no-untyped-def]
+    residual = x + gate.tanh() * y
+    return residual, F.rms_norm(residual, weight.shape, weight, EPS)
+
+
+def _liger(function: str, compute: Callable[..., Any]) -> Provider:
+    """`compute(liger, *inputs)`; `function` is of liger_kernel.transformers.functional."""
+
+    def build(device: torch.device) -> Callable[..., Any]:
+        if device.type != "cuda":
+            raise Unavailable("Liger's kernels need a GPU")
+        try:
+            functional = importlib.import_module("liger_kernel.transformers.functional")
+        except ImportError:
+            raise Unavailable("not installed (pip install liger-kernel)") from None
+        if not hasattr(functional, function):
+            version = importlib.metadata.version("liger-kernel")
+            raise Unavailable(f"liger-kernel {version} has no {function}")
+        return functools.partial(compute, getattr(functional, function))
+
+    return Provider("liger", build)
+
+
+# Liger's norms by default write dx over the incoming gradient, which here is used again.
+def _liger_rms_norm(liger, x, weight):  # type: ignore[no-untyped-def]
+    return liger(x, weight, EPS, in_place=False)
+
+
+def _liger_gated_residual_rms_norm(liger, x, y, gate, weight):  # type: ignore[no-untyped-def]
+    normed, residual = liger(gate.tanh() * y, x, weight, EPS, in_place=False)
+    return residual, normed
+
+
+def _liger_gated_residual_layer_norm(liger, x, y, gate, weight, bias):  # type: ignore[no-untyped-def]
+    residual = x + gate.tanh() * y
+    return residual, liger(residual, weight, bias, EPS)
+
+
+_rowwise = functools.partial(
+    Benchmark,
+    dims=("rows", "width"),
+    shapes=((2048, 2048), (8192, 4096)),
+    quick_shape=(512, 1024),
+    tiny_shape=(1, 64),
+)
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        _rowwise(
+            name="gated_residual",
+            outputs=("out",),
+            make_inputs=functools.partial(_inputs, "x y gate"),
+            eager=_gated_residual,
+            ours=flamingo_fast.gated_residual,
+            work=work.gated_residual,
+            eager_work=work.gated_residual_eager,
+        ),
+        _rowwise(
+            name="gated_residual_layer_norm",
+            outputs=("residual", "normed"),
+            make_inputs=functools.partial(_inputs, "x y gate weight bias"),
+            eager=_gated_residual_layer_norm,
+            ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="layer"),
+            work=work.gated_residual_norm,
+            eager_work=work.gated_residual_norm_eager,
+            others=(_liger("liger_layer_norm", _liger_gated_residual_layer_norm),),
+        ),
+        _rowwise(
+            name="gated_residual_rms_norm",
+            outputs=("residual", "normed"),
+            make_inputs=functools.partial(_inputs, "x y gate weight"),
+            eager=_gated_residual_rms_norm,
+            ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="rms"),
+            work=functools.partial(work.gated_residual_norm, rms=True),
+            eager_work=functools.partial(work.gated_residual_norm_eager, rms=True),
+            others=(_liger("liger_fused_add_rms_norm", _liger_gated_residual_rms_norm),),
+        ),
+        _rowwise(
+            name="layer_norm",
+            outputs=("out",),
+            make_inputs=functools.partial(_inputs, "x weight bias"),
+            eager=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPS),
+            ours=functools.partial(flamingo_fast.layer_norm, eps=EPS),
+            work=work.norm,
+            eager_work=work.norm,
+            others=(_liger("liger_layer_norm", lambda liger, *inputs: liger(*inputs, EPS)),),
+        ),
+        _rowwise(
+            name="rms_norm",
+            outputs=("out",),
+            make_inputs=functools.partial(_inputs, "x weight"),
+            eager=lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+            ours=functools.partial(flamingo_fast.rms_norm, eps=EPS),
+            work=functools.partial(work.norm, rms=True),
+            eager_work=functools.partial(work.norm, rms=True),
+            others=(_liger("liger_rms_norm", _liger_rms_norm),),
+        ),
+        _rowwise(
+            name="squared_relu",
+            outputs=("out",),
+            make_inputs=functools.partial(_inputs, "x"),
+            eager=lambda x: F.relu(x).square(),
+            ours=flamingo_fast.squared_relu,
+            work=work.squared_relu,
+            eager_work=work.squared_relu_eager,
+            others=(_liger("liger_relu_squared", lambda liger, x: liger(x)),),
+        ),
+    )
+}

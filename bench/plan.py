@@ -1,0 +1,105 @@
+"""What a run measures, from the names that a user gave."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from flamingo_fast.bench import ops
+from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_name
+
+BENCHMARKS: Mapping[str, Benchmark] = ops.BENCHMARKS
+BASELINE = "eager"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`cases` are (benchmark, shape, dtype); `left_out` are providers left out by --quick."""
+
+    cases: tuple[tuple[Benchmark, Shape, str], ...]
+    modes: tuple[str, ...]
+    providers: tuple[str, ...]
+    left_out: tuple[str, ...]
+    quick: bool
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        return tuple({benchmark.name: benchmark for benchmark, _, _ in self.cases}.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(dtype for _, _, dtype in self.cases))
+
+    @property
+    def budget_s(self) -> float:
+        """Seconds of timing for each case and mode; the least number of rounds may take longer."""
+        return 0.1 if self.quick else 0.75
+
+
+def make_plan(
+    *,
+    ops: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    modes: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    quick: bool = False,
+) -> Plan:
+    """An empty selection is everything. `quick`: one small shape, without torch.compile.
+
+    The baseline always runs, since every ratio is to it.
+
+    Raises:
+        ValueError: an unknown name or a shape that an op can't have, and what was expected.
+    """
+    _check_names("op", ops, BENCHMARKS)
+    _check_names("dtype", dtypes, DTYPES)
+    _check_names("mode", modes, MODES)
+    benchmarks = [BENCHMARKS[name] for name in dict.fromkeys(ops or BENCHMARKS)]
+    known = _provider_names(benchmarks)
+    _check_names("provider", providers, known)
+    left_out = ("compile",) if quick and not providers else ()
+    return Plan(
+        cases=tuple(
+            (benchmark, shape, dtype)
+            for benchmark in benchmarks
+            for shape in _shapes(benchmark, shapes, quick)
+            for dtype in dict.fromkeys(dtypes or ("fp32", "bf16"))
+        ),
+        modes=tuple(dict.fromkeys(modes or MODES)),
+        providers=tuple(
+            name
+            for name in known
+            if name == BASELINE or (name in (providers or known) and name not in left_out)
+        ),
+        left_out=left_out,
+        quick=quick,
+    )
+
+
+def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def _provider_names(benchmarks: Iterable[Benchmark]) -> tuple[str, ...]:
+    chained = itertools.chain.from_iterable(benchmark.providers for benchmark in benchmarks)
+    return tuple(dict.fromkeys(provider.name for provider in chained))
+
+
+def _shapes(benchmark: Benchmark, texts: Sequence[str], quick: bool) -> tuple[Shape, ...]:
+    if not texts:
+        return (benchmark.quick_shape,) if quick else benchmark.shapes
+    return tuple(_parse_shape(text, benchmark) for text in dict.fromkeys(texts))
+
+
+def _parse_shape(text: str, benchmark: Benchmark) -> Shape:
+    sizes = text.lower().split("x")
+    if len(sizes) != len(benchmark.dims) or not all(
+        size.isdecimal() and int(size) > 0 for size in sizes
+    ):
+        raise ValueError(
+            f"shape {text!r}: {benchmark.name} takes {'x'.join(benchmark.dims)}, "
+            f"such as {shape_name(benchmark.shapes[0])}"
+        )
+    return tuple(int(size) for size in sizes)

@@ -1,0 +1,167 @@
+"""What is benchmarked: an op, its inputs, and the providers that compute it.
+
+A new op is one `Benchmark` in a table such as `ops.BENCHMARKS`; a new competitor is one
+`Provider` in its `others`.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flamingo_fast.bench.work import Work
+from flamingo_fast.ops.dispatch import TRITON_INSTALLED
+
+MODES = ("fwd", "fwd_bwd")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Shape = tuple[int, ...]
+Call = Callable[[], tuple[torch.Tensor, ...]]
+
+
+def shape_name(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+class Unavailable(Exception):
+    """A provider can't run here; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """`build(device)` returns a function of the benchmark's inputs, or raises Unavailable."""
+
+    name: str
+    build: Callable[[torch.device], Callable[..., Any]]
+
+
+def _compiled(eager: Callable[..., Any]) -> Provider:
+    def build(device: torch.device) -> Callable[..., Any]:
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        if device.type == "cpu" and not compiler:
+            raise Unavailable("torch.compile needs a C++ compiler on a CPU, and none was found")
+        if device.type == "cuda" and not TRITON_INSTALLED:
+            raise Unavailable("torch.compile needs Triton on a GPU")
+        # Else the graphs of earlier shapes count towards Dynamo's recompile limit, and a
+        # function that reaches it silently runs in eager mode.
+        torch.compiler.reset()
+        return torch.compile(eager, dynamic=False)
+
+    return Provider("compile", build)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One op. Its baseline is `eager`, the composition that a user would write.
+
+    name: as in the results; for an op of ours the name of the function or a variant of it.
+    dims: what the numbers of a shape are.
+    outputs: names of what the op returns, in order.
+    make_inputs: (shape, dtype, device) -> inputs by name, in the order the functions take them.
+    eager, ours: functions of the inputs; `ours` also takes `impl`, and with impl="reference" is
+        the oracle.
+    work, eager_work: (shape, itemsize, mode) -> useful work of the op, and of `eager`.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    quick_shape: Shape
+    tiny_shape: Shape
+    outputs: tuple[str, ...]
+    make_inputs: Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
+    eager: Callable[..., Any]
+    ours: Callable[..., Any]
+    work: Callable[[Shape, int, str], Work]
+    eager_work: Callable[[Shape, int, str], Work]
+    others: tuple[Provider, ...] = ()
+
+    @property
+    def providers(self) -> tuple[Provider, ...]:
+        """The baseline comes first."""
+        return (
+            Provider("eager", lambda device: self.eager),
+            _compiled(self.eager),
+            Provider("ours", lambda device: self.ours),
+            *self.others,
+        )
+
+
+def normal(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, mean: float = 0.0, seed: int
+) -> torch.Tensor:
+    """The same unit-variance numbers in every run on a device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).add_(mean).to(dtype)
+
+
+class Case:
+    """One benchmark at one shape and dtype: the inputs that all its providers share.
+
+    `expected` has the reference's outputs by name and its gradients as "d" + input name.
+    """
+
+    def __init__(
+        self, benchmark: Benchmark, shape: Shape, dtype: str, device: torch.device
+    ) -> None:
+        self.benchmark, self.shape, self.dtype, self.device = benchmark, shape, dtype, device
+        inputs = benchmark.make_inputs(shape, DTYPES[dtype], device)
+        self._inputs = tuple(inputs.values())
+        self._leaves = {
+            name: value.requires_grad_()
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        self.expected = self._expected()
+
+    def __str__(self) -> str:
+        return f"{self.benchmark.name} {shape_name(self.shape)} {self.dtype}"
+
+    def _expected(self) -> dict[str, torch.Tensor]:
+        outputs = _as_tuple(self.benchmark.ours(*self._inputs, impl="reference"))
+        # A mean other than 0 keeps the gate's gradient, a sum over everything, from cancelling
+        # to something whose relative error means nothing.
+        self._douts = tuple(
+            normal(tuple(out.shape), out.dtype, out.device, mean=0.5, seed=100 + index)
+            for index, out in enumerate(outputs)
+        )
+        grads = torch.autograd.grad(outputs, tuple(self._leaves.values()), self._douts)
+        return self.named((*(out.detach() for out in outputs), *grads))
+
+    def named(self, results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """What a call of either mode returned, by name.
+
+        Raises:
+            ValueError: there are neither as many tensors as outputs, nor as many as with gradients.
+        """
+        outputs = self.benchmark.outputs
+        names = (*outputs, *(f"d{name}" for name in self._leaves))
+        if len(results) not in (len(outputs), len(names)):
+            raise ValueError(f"{len(results)} tensors, expected {', '.join(outputs)}")
+        return dict(zip(names, results, strict=False))
+
+    def call(self, function: Callable[..., Any], mode: str) -> Call:
+        """Runs `function` forward, or forward and backward of a fixed incoming gradient."""
+        if mode == "fwd":
+            inputs = tuple(
+                value.detach() if isinstance(value, torch.Tensor) else value
+                for value in self._inputs
+            )
+            return lambda: _as_tuple(function(*inputs))
+        leaves = tuple(self._leaves.values())
+
+        def forward_and_backward() -> tuple[torch.Tensor, ...]:
+            outputs = _as_tuple(function(*self._inputs))
+            return *outputs, *torch.autograd.grad(outputs, leaves, self._douts)
+
+        return forward_and_backward
+
+    def work(self, mode: str) -> Work:
+        return self.benchmark.work(self.shape, DTYPES[self.dtype].itemsize, mode)
+
+
+def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,0 +1,173 @@
+"""One benchmark run: ceilings, then for each case the correctness gate and interleaved timing."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from flamingo_fast.bench import records
+from flamingo_fast.bench.ceilings import Ceilings, measure_ceilings
+from flamingo_fast.bench.correctness import is_only_rounding, problems
+from flamingo_fast.bench.plan import BASELINE, Plan
+from flamingo_fast.bench.records import Environment, Measurement
+from flamingo_fast.bench.registry import Benchmark, Call, Case, Unavailable, shape_name
+from flamingo_fast.bench.timing import (
+    Quantiles,
+    Sampler,
+    device_clock,
+    interleaved,
+    paired_ratios,
+    wall_clock,
+)
+
+_CALLS_PER_SAMPLE = 20
+
+
+@dataclasses.dataclass
+class Results:
+    """What came of a run.
+
+    failures: calls that raised or computed something else; they have no measurements.
+    notes: baselines that were measured although their rounding is bad.
+    unavailable: (provider, reason) -> the ops for which it did not run.
+    """
+
+    plan: Plan
+    device: torch.device
+    environment: Environment
+    ceilings: Ceilings
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
+    failures: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    unavailable: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
+
+
+def run(
+    plan: Plan, device: torch.device, progress: Callable[[str], None] = lambda step: None
+) -> Results:
+    """Measures all of `plan` on `device`; `progress` is told what comes next."""
+    progress("ceilings")
+    ceilings = measure_ceilings(device, plan.dtypes, budget_s=plan.budget_s, quick=plan.quick)
+    results = Results(plan, device, records.environment(device), ceilings, ceilings.measurements())
+    clock = device_clock(device)
+    for benchmark, shape, dtype in plan.cases:
+        progress(f"{benchmark.name} {shape_name(shape)} {dtype}")
+        try:
+            _measure_time(Case(benchmark, shape, dtype, device), clock, results)
+        # What PyTorch raises when memory runs out, which depends on the user's --shape.
+        except RuntimeError as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            results.failures.append(f"{benchmark.name} {shape_name(shape)} {dtype}: {first_line}")
+    for benchmark in plan.benchmarks:
+        progress(f"{benchmark.name}: CPU time per call")
+        _measure_overhead(benchmark, device, results)
+    return results
+
+
+def _build(
+    benchmark: Benchmark, device: torch.device, results: Results
+) -> dict[str, Callable[..., Any]]:
+    """The wanted providers' functions, baseline first; why others don't run goes to `results`."""
+    functions = {}
+    for provider in benchmark.providers:
+        if provider.name in results.plan.providers:
+            try:
+                functions[provider.name] = provider.build(device)
+                continue
+            except Unavailable as error:
+                reason = str(error)
+        elif provider.name in results.plan.left_out:
+            reason = "left out of --quick unless --provider names it"
+        else:
+            continue
+        without = results.unavailable.setdefault((provider.name, reason), [])
+        if benchmark.name not in without:
+            without.append(benchmark.name)
+    return functions
+
+
+def _right_calls(
+    case: Case, functions: Mapping[str, Callable[..., Any]], mode: str, results: Results
+) -> dict[str, Call]:
+    """The calls that agree with the reference; none if the baseline does not."""
+    calls = {}
+    for provider, function in functions.items():
+        if found := problems(case, function, mode):
+            line = f"{case} {mode}, {provider}: {'; '.join(found)}"
+            if provider != BASELINE or not is_only_rounding(case, function, mode):
+                results.failures.append(line)
+                continue
+            results.notes.append(f"{line} (rounding: it is right in fp32)")
+        calls[provider] = case.call(function, mode)
+    return calls if BASELINE in calls else {}
+
+
+def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
+    functions = _build(case.benchmark, case.device, results)
+    for mode in results.plan.modes:
+        calls = _right_calls(case, functions, mode, results)
+        if not calls:
+            continue
+        work = case.work(mode)
+        samples = interleaved(calls, clock, budget_s=results.plan.budget_s)
+        for provider, seconds in samples.items():
+            bandwidth = [work.bytes / 1e9 / second for second in seconds]
+            metrics = {
+                ("time", "ms"): Quantiles.of(second * 1e3 for second in seconds),
+                ("speedup", "x"): paired_ratios(samples[BASELINE], seconds),
+                ("bandwidth", "GB/s"): Quantiles.of(bandwidth),
+                ("of_copy_ceiling", "%"): Quantiles.of(
+                    100 * rate / results.ceilings.copy.p50 for rate in bandwidth
+                ),
+            }
+            if work.matmul_flops:
+                rates = [work.matmul_flops / 1e12 / second for second in seconds]
+                ceiling = results.ceilings.matmul[case.dtype].p50
+                metrics["rate", "TFLOP/s"] = Quantiles.of(rates)
+                metrics["of_matmul_ceiling", "%"] = Quantiles.of(
+                    100 * rate / ceiling for rate in rates
+                )
+            _record(case, provider, mode, metrics, results)
+
+
+def _measure_overhead(benchmark: Benchmark, device: torch.device, results: Results) -> None:
+    """CPU time of a call whose tensors are so small that nothing but the call is left."""
+    dtype = results.plan.dtypes[0]
+    case = Case(benchmark, benchmark.tiny_shape, dtype, device)
+    functions = {
+        name: function
+        for name, function in _build(benchmark, device, results).items()
+        if name in (BASELINE, "ours")
+    }
+    clock = wall_clock(device, _CALLS_PER_SAMPLE)
+    for mode in results.plan.modes:
+        calls = _right_calls(case, functions, mode, results)
+        if not calls:
+            continue
+        samples = interleaved(calls, clock, budget_s=results.plan.budget_s)
+        for provider, seconds in samples.items():
+            overhead = Quantiles.of(second * 1e6 for second in seconds)
+            _record(case, provider, mode, {("cpu_time_per_call", "us"): overhead}, results)
+
+
+def _record(
+    case: Case,
+    provider: str,
+    mode: str,
+    metrics: Mapping[tuple[str, str], Quantiles],
+    results: Results,
+) -> None:
+    results.measurements += [
+        Measurement(
+            case.benchmark.name,
+            provider,
+            mode,
+            shape_name(case.shape),
+            case.dtype,
+            metric,
+            unit,
+            value,
+        )
+        for (metric, unit), value in metrics.items()
+    ]

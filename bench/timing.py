@@ -1,0 +1,104 @@
+"""Interleaved timing: every provider runs once a round, so a drifting machine hits all alike."""
+
+import dataclasses
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+MIN_ROUNDS = 15
+MAX_ROUNDS = 200
+# More than the last-level cache of any GPU that Triton supports.
+_FLUSH_BYTES = 512 * 2**20
+
+Sampler = Callable[[Callable[[], object]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantiles:
+    """Median, 20th and 80th percentile of so many samples."""
+
+    p50: float
+    p20: float
+    p80: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Quantiles":
+        """Of two values or more, with linear interpolation between them."""
+        values = list(values)
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(statistics.median(values), deciles[1], deciles[7], len(values))
+
+
+def paired_ratios(baseline: Sequence[float], other: Sequence[float]) -> Quantiles:
+    """How many times faster `other` is: quantiles of the ratios of samples from the same round."""
+    return Quantiles.of(b / o for b, o in zip(baseline, other, strict=True))
+
+
+def wall_clock(device: torch.device, repeats: int = 1) -> Sampler:
+    """Seconds of one of `repeats` calls on the CPU's clock; on a GPU what starting it costs."""
+
+    def sample(call: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            # The result is held until the clock has stopped: freeing it is not the op's work.
+            result = call()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed / repeats
+
+    return sample
+
+
+def device_clock(device: torch.device) -> Sampler:
+    """Seconds of one call: on a GPU between two events, after its caches were overwritten."""
+    if device.type != "cuda":
+        return wall_clock(device)
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def sample(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # While the GPU is busy here the CPU starts the call, so launch gaps don't count.
+        flush.zero_()
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+    return sample
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], sample: Sampler, *, budget_s: float
+) -> dict[str, list[float]]:
+    """Samples of each call in seconds; the i-th of all calls are from the same round.
+
+    As many rounds as fit into `budget_s`, but at least MIN_ROUNDS and at most MAX_ROUNDS, each
+    in a new order, after one that warms up. Compilation must be over.
+    """
+    start = time.perf_counter()
+    for call in calls.values():
+        sample(call)
+    round_s = time.perf_counter() - start
+    rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                samples[name].append(sample(calls[name]))
+    finally:
+        gc.enable()
+    return samples

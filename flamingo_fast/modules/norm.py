@@ -1,0 +1,46 @@
+"""LayerNorm and RMSNorm with the parameters and state-dict keys of torch.nn's."""
+
+import torch
+from torch import nn
+
+from flamingo_fast.ops.norm import layer_norm, rms_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension, through `flamingo_fast.layer_norm`.
+
+    (..., dim) -> (..., dim) of x's dtype; inside autocast, of autocast's dtype.
+    """
+
+    def __init__(
+        self, dim: int, eps: float = 1e-5, *, impl: str = "auto", **kwargs: object
+    ) -> None:
+        super().__init__(_one_dim(dim), eps, **kwargs)  # type: ignore[arg-type]
+        self.impl = impl
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, impl=self.impl)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm over the last dimension, through `flamingo_fast.rms_norm`.
+
+    (..., dim) -> (..., dim) of x's dtype; inside autocast, of autocast's dtype. eps=None is the
+    machine epsilon of x's dtype, as in torch.nn.RMSNorm.
+    """
+
+    def __init__(
+        self, dim: int, eps: float | None = None, *, impl: str = "auto", **kwargs: object
+    ) -> None:
+        super().__init__(_one_dim(dim), eps, **kwargs)  # type: ignore[arg-type]
+        self.impl = impl
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return rms_norm(x, self.weight, eps=eps, impl=self.impl)
+
+
+def _one_dim(dim: int) -> int:
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim: expected an int >= 1 (only the last dimension), got {dim!r}")
+    return dim

@@ -1,0 +1,106 @@
+"""Which implementation of an op runs, and how ops are registered with PyTorch."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+_default_impl = "auto"
+
+
+class BackendUnavailableError(RuntimeError):
+    """An implementation was asked for by name and can't run here; the message says why."""
+
+
+@contextlib.contextmanager
+def use_impl(impl: str) -> Iterator[None]:
+    """Makes `impl` what ops called with impl="auto" use inside the block.
+
+    Raises:
+        ValueError: `impl` is not one of "auto", "triton", "torch", "reference".
+    """
+    global _default_impl
+    _check_name(impl)
+    previous, _default_impl = _default_impl, impl
+    try:
+        yield
+    finally:
+        _default_impl = previous
+
+
+def _check_name(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}; got {impl!r}")
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels can't run on tensors of `device`; None if they can."""
+    if not TRITON_INSTALLED:
+        return "Triton is not installed (`pip install triton`; Linux only)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"Triton kernels need a GPU and the tensors are on {device.type!r} "
+            "(TRITON_INTERPRET=1, set before the first use, runs them in Triton's interpreter)"
+        )
+    return None
+
+
+def resolve_impl(impl: str, x: torch.Tensor, not_in_triton: str | None = None) -> str:
+    """Returns "triton", "torch" or "reference" for an op on `x`.
+
+    The `torch` implementation is written for eager mode on a CPU. Elsewhere, and under
+    torch.compile, where Inductor fuses better than hand-chosen calls, it is the reference.
+
+    Arguments:
+        not_in_triton: why the op's kernels can't take these arguments; "auto" then avoids them.
+    """
+    _check_name(impl)
+    if impl == "auto":
+        impl = _default_impl
+    if x.dtype == torch.float64:
+        not_in_triton = "the kernels take fp32, fp16 and bf16, and x is fp64"
+    if impl == "auto":
+        on_gpu = x.device.type == "cuda" and TRITON_INSTALLED
+        impl = "triton" if on_gpu and not_in_triton is None else "torch"
+    elif impl == "triton" and (reason := not_in_triton or why_not_triton(x.device)):
+        raise BackendUnavailableError(f'impl="triton": {reason}')
+    if impl == "torch" and (x.device.type != "cpu" or torch.compiler.is_compiling()):
+        return "reference"
+    return impl
+
+
+_LIBRARY = torch.library.Library("flamingo_fast", "DEF")
+
+
+def register_op(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers torch.ops.flamingo_fast.<name> and returns its overload.
+
+    No autograd formula is registered: an autograd.Function around the op costs a third of
+    what `register_autograd` adds to a call.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flamingo_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.flamingo_fast, name).default
+
+
+def empty_gradient(
+    parameter: torch.Tensor | None, wanted: bool, like: torch.Tensor
+) -> torch.Tensor:
+    """Memory for the gradient of `parameter`; fp32 of no elements, on like's device, if not wanted.
+
+    Ops can't return None, and their outputs may not alias, so each needs an empty one of its own.
+    """
+    if parameter is None or not wanted:
+        return like.new_empty(0, dtype=torch.float32)
+    return parameter.new_empty(parameter.shape)

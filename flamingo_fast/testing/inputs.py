@@ -1,0 +1,35 @@
+"""Random inputs in the memory layouts that models hand to ops."""
+
+import torch
+
+LAYOUTS = ("contiguous", "sliced", "padded", "transposed")
+
+
+def random_tensor(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int,
+    layout: str = "contiguous",
+    requires_grad: bool = False,
+) -> torch.Tensor:
+    """Standard normal values; the same seed and shape give the same values in every layout.
+
+    Arguments:
+        layout: "contiguous"; "sliced" out of a fused projection (one more dimension before the
+            last two, as q of a (..., 3, heads, head_dim) tensor); "padded" rows; or "transposed",
+            last dimension not contiguous.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "sliced" and len(shape) > 1:
+        fused = torch.stack([values] * 3, dim=-3 if len(shape) > 2 else 0)
+        values = fused.select(-3 if len(shape) > 2 else 0, 1)
+    elif layout == "padded":
+        wide = torch.nn.functional.pad(values, (3, 5))
+        values = wide[..., 3 : 3 + shape[-1]]
+    elif layout == "transposed" and len(shape) > 1:
+        values = values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return values.requires_grad_(requires_grad)

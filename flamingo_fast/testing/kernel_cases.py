@@ -1,0 +1,181 @@
+"""Launches that the ahead-of-time gate compiles: every kernel, every launch configuration.
+
+Add a kernel's cases here; `flamingo-fast kernels --case NAME --update` then writes their goldens.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from flamingo_fast.kernels.gated_residual import gated_residual_bwd, gated_residual_fwd
+from flamingo_fast.kernels.norm_backward import gated_residual_norm_bwd, norm_bwd
+from flamingo_fast.kernels.norm_forward import gated_residual_norm_fwd, norm_fwd
+from flamingo_fast.kernels.squared_relu import squared_relu_bwd, squared_relu_fwd
+from flamingo_fast.testing.aot import KernelCase, Rules
+
+ROWS = 8192
+# One for each power of two that a launch configuration depends on.
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _rules(kernel: str, x: torch.Tensor, *, only_loads: tuple[str, ...] = ()) -> Rules:
+    """From 1024 columns on, threads must move 16 bytes at a time; some kernels only write sums."""
+    may_spill = ""
+    if x.dtype == torch.float32:
+        may_spill = "launch configurations are tuned for 16-bit types"
+    elif x.shape[-1] > 8192:
+        may_spill = "a row does not fit the registers of a block"
+    if x.shape[-1] < 1024:
+        return Rules(may_spill=may_spill)
+    return Rules(may_spill=may_spill, loads_128bit=(kernel, *only_loads), stores_128bit=(kernel,))
+
+
+def _squared_relu_cases() -> Iterator[KernelCase]:
+    for name, dtype in DTYPES.items():
+        x = _meta(ROWS, 4096, dtype=dtype)
+        yield KernelCase(
+            f"squared_relu_fwd/{name}",
+            functools.partial(squared_relu_fwd, x),
+            _rules("_squared_relu_fwd_kernel", x),
+        )
+        yield KernelCase(
+            f"squared_relu_bwd/{name}",
+            functools.partial(squared_relu_bwd, x, x),
+            _rules("_squared_relu_bwd_kernel", x),
+        )
+
+
+def _gated_residual_cases() -> Iterator[KernelCase]:
+    # Contiguous tensors under a scalar gate are cut into tiles of one size, whatever their width.
+    for name, dtype in DTYPES.items():
+        yield from _gated_residual(f"scalar_gate/{name}", _meta(ROWS, 4096, dtype=dtype), _meta(1))
+    for width in (64, 128, 256, 512, 1024):
+        for name in ("bf16", "fp32"):
+            x = _meta(ROWS, width, dtype=DTYPES[name])
+            yield from _gated_residual(f"vector_gate/{name}/{width}", x, _meta(width))
+    odd = _meta(ROWS, 1001, dtype=torch.bfloat16)
+    yield from _gated_residual("vector_gate/bf16/1001", odd, _meta(1001))
+    padded = _meta(ROWS, 4096 + 64, dtype=torch.bfloat16)[:, :4096]
+    yield from _gated_residual("scalar_gate/bf16/4096_padded", padded, _meta(1))
+
+
+def _gated_residual(name: str, x: torch.Tensor, gate: torch.Tensor) -> Iterator[KernelCase]:
+    yield KernelCase(
+        f"gated_residual_fwd/{name}",
+        functools.partial(gated_residual_fwd, x, x, gate),
+        _rules("_gated_residual_fwd_kernel", x),
+    )
+    yield KernelCase(
+        f"gated_residual_bwd/{name}",
+        functools.partial(gated_residual_bwd, x, x, gate, y_dtype=x.dtype, need_dy=True),
+        _rules("_gated_residual_bwd_kernel", x),
+    )
+
+
+def _norm_cases() -> Iterator[KernelCase]:
+    for width in WIDTHS:
+        for name in ("bf16", "fp32"):
+            x = _meta(ROWS, width, dtype=DTYPES[name])
+            parameter, gate = _meta(width), _meta(1)
+            yield from _norm(f"rms/{name}/{width}", x, parameter, None)
+            yield from _gated_norm(f"layer/{name}/{width}", x, gate, parameter, parameter)
+            yield from _gated_norm(
+                f"layer_vector_gate/{name}/{width}", x, parameter, parameter, parameter
+            )
+    x = _meta(ROWS, 2048, dtype=torch.float16)
+    yield from _gated_norm("layer/fp16/2048", x, _meta(1), _meta(2048), _meta(2048))
+    odd = _meta(ROWS, 1001, dtype=torch.bfloat16)
+    yield from _gated_norm("layer_vector_gate/bf16/1001", odd, *[_meta(1001)] * 3)
+    one = _meta(ROWS, 1, dtype=torch.bfloat16)
+    yield from _norm("layer/bf16/1", one, _meta(1), _meta(1))
+    # The norm of q in a fused projection: heads are rows, and no stride is the width.
+    qkv = _meta(4, 2048, 3, 16, 128, dtype=torch.bfloat16)
+    yield from _norm("rms/bf16/128_heads", qkv[:, :, 0], _meta(128), None)
+
+
+def _statistics(x: torch.Tensor) -> torch.Tensor:
+    return _meta(*x.shape[:-1])
+
+
+def _norm(
+    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Iterator[KernelCase]:
+    rms = name.startswith("rms")
+    yield KernelCase(
+        f"norm_fwd/{name}",
+        functools.partial(norm_fwd, x, weight, bias, eps=1e-5, rms=rms, out_dtype=x.dtype),
+        _rules("_norm_fwd_kernel", x),
+    )
+    yield KernelCase(
+        f"norm_bwd/{name}",
+        functools.partial(
+            norm_bwd,
+            _meta(*x.shape, dtype=x.dtype),
+            x,
+            weight,
+            bias,
+            mean=_statistics(x),
+            rstd=_statistics(x),
+            rms=rms,
+            need_dx=True,
+            need_dweight=True,
+            need_dbias=bias is not None,
+        ),
+        _rules("_norm_bwd_kernel", x, only_loads=("_norm_bwd_columns_kernel",)),
+    )
+
+
+def _gated_norm(
+    name: str,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> Iterator[KernelCase]:
+    rms = name.startswith("rms")
+    yield KernelCase(
+        f"gated_residual_norm_fwd/{name}",
+        functools.partial(
+            gated_residual_norm_fwd,
+            x,
+            x,
+            gate,
+            weight,
+            bias,
+            eps=1e-5,
+            rms=rms,
+            out_dtype=x.dtype,
+        ),
+        _rules("_norm_fwd_kernel", x),
+    )
+    yield KernelCase(
+        f"gated_residual_norm_bwd/{name}",
+        functools.partial(
+            gated_residual_norm_bwd,
+            x,
+            x,
+            x,
+            x,
+            gate,
+            weight,
+            bias,
+            mean=_statistics(x),
+            rstd=_statistics(x),
+            rms=rms,
+            y_dtype=x.dtype,
+            need_dx=True,
+            need_dy=True,
+            need_dweight=True,
+            need_dbias=bias is not None,
+        ),
+        _rules("_norm_bwd_kernel", x, only_loads=("_norm_bwd_columns_kernel",)),
+    )
+
+
+CASES = [*_squared_relu_cases(), *_gated_residual_cases(), *_norm_cases()]

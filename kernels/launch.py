@@ -1,0 +1,94 @@
+"""How kernels are started: the target a launcher tunes for, and one door that every launch goes through."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What launch configurations depend on. `arch` is "sm_90", "gfx942", ... or "interpreter"."""
+
+    arch: str
+    num_sms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: all that Triton needs to compile it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+# Few programs, so that the loops of persistent kernels run more than once in tests.
+INTERPRETER = Target("interpreter", num_sms=4)
+
+_recording: tuple[Target, list[Launch]] | None = None
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Target(arch, properties.multi_processor_count)
+
+
+def target_of(tensor: torch.Tensor) -> Target:
+    """The target that `tensor`'s kernels run on, or the recorded one inside `recording`."""
+    if _recording is not None:
+        return _recording[0]
+    if tensor.device.type == "cuda":
+        return _cuda_target(tensor.device.index)
+    return INTERPRETER
+
+
+@contextlib.contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Launchers called inside tune for `target` and have their launches recorded, not run.
+
+    Tensors may be on the meta device: nothing is read. The ahead-of-time gate compiles what
+    this yields, so it sees the arguments that the launchers themselves produce.
+    """
+    global _recording
+    if _recording is not None:
+        raise RuntimeError("recording() is already active")
+    _recording = (target, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    **constexprs: Any,
+) -> None:
+    """Starts `kernel` on the device of its first tensor argument; an empty grid starts nothing."""
+    if 0 in grid:
+        return
+    # The default of enable_fp_fusion differs between Triton versions.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, grid, args, constexprs, options))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constexprs, **options)
+    else:
+        kernel[grid](*args, **constexprs, **options)

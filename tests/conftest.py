@@ -1,0 +1,67 @@
+"""What every test has: Triton's interpreter, with bf16 right, and a list of what was skipped."""
+
+import collections
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+# Triton decides at import whether kernels are interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+_NEEDS_APT = "needs apt package"
+
+
+@pytest.fixture(autouse=True)
+def interpreter_bf16() -> Iterator[None]:
+    """The stock interpreter computes garbage from bf16, silently."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from flamingo_fast.testing.interpreter_bf16 import correct_bf16
+
+    with correct_bf16():
+        yield
+
+
+@pytest.fixture
+def guarded() -> Iterator:
+    """Guards every kernel of the test; yields what `flamingo_fast.testing.guard.guard` yields."""
+    from flamingo_fast.testing.guard import guard
+
+    with guard() as current:
+        yield current
+
+
+@pytest.fixture
+def apt_command() -> Callable[[str, str], str]:
+    """apt_command(command, package): the command's path; skips the test if it isn't installed."""
+
+    def find(command: str, package: str) -> str:
+        path = shutil.which(command)
+        if path is None:
+            pytest.skip(f"{_NEEDS_APT} {package} ({command})")
+        return path
+
+    return find
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = collections.Counter(
+        str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        for report in terminalreporter.stats.get("skipped", ())
+    )
+    if not reasons:
+        return
+    for_apt = sum(count for reason, count in reasons.items() if _NEEDS_APT in reason)
+    terminalreporter.section(
+        f"{reasons.total()} skipped, {for_apt} of them for want of an optional apt package"
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4d}  {reason.removeprefix('Skipped: ')}")

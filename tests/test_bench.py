@@ -1,0 +1,436 @@
+"""The benchmark's arithmetic, its gate and its files; never how long anything took."""
+
+import csv
+import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner, Result
+
+import flamingo_fast
+from flamingo_fast.bench import plan, plot, records, report, roofline, work
+from flamingo_fast.bench.correctness import disagreements, problems
+from flamingo_fast.bench.records import Environment, Measurement
+from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Case
+from flamingo_fast.bench.timing import MIN_ROUNDS, Quantiles, interleaved, paired_ratios
+from flamingo_fast.cli import app
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def bench(*args: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *args])
+
+
+# Work
+
+
+@pytest.mark.parametrize(
+    ("formula", "mode", "loaded", "stored"),
+    [
+        # 3 rows of 5 bf16 elements: 30 bytes a tensor, 10 a parameter, 12 of fp32 a statistic.
+        (work.squared_relu, "fwd", 30, 30),
+        (work.squared_relu, "bwd", 60, 30),
+        (work.gated_residual, "fwd", 60 + 2, 30),
+        (work.gated_residual, "bwd", 60 + 2, 30 + 2),
+        (work.norm, "fwd", 30 + 20, 30 + 24),
+        (work.norm, "bwd", 60 + 24 + 10, 30 + 20),
+        (work.gated_residual_norm, "fwd", 60 + 2 + 20, 60 + 24),
+        (work.gated_residual_norm, "bwd", 120 + 2 + 24 + 10, 60 + 2 + 20),
+        (work.gated_residual_norm, "fwd_bwd", 60 + 2 + 20 + 156, 60 + 24 + 82),
+    ],
+)
+def test_bytes_by_hand(
+    formula: Callable[..., work.Work], mode: str, loaded: int, stored: int
+) -> None:
+    found = formula((3, 5), 2, mode)
+    assert (found.loaded, found.stored) == (loaded, stored)
+    assert found.bytes == loaded + stored
+
+
+def test_bytes_of_variants_by_hand() -> None:
+    rms = work.norm((3, 5), 2, "bwd", rms=True)
+    assert (rms.loaded, rms.stored) == (60 + 12 + 10, 30 + 10)
+    twice = work.norm((3, 5), 2, "bwd", column_pass=True)
+    assert twice.loaded == work.norm((3, 5), 2, "bwd").loaded + 60
+
+
+def test_flops_by_hand() -> None:
+    assert work.gated_residual((3, 5), 2, "fwd_bwd").vector_flops == 15 * (2 + 3)
+    assert work.gated_residual_norm((3, 5), 2, "fwd").vector_flops == 15 * (2 + 7)
+
+
+class _CountBytes(TorchDispatchMode):
+    """Bytes that kernels read and write when each touches every tensor once; views touch none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [*args, *(results if isinstance(results, tuple) else (results,))]
+            self.bytes += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        return results
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+# RMSNorm is one kernel on a GPU only; elsewhere PyTorch composes it.
+@pytest.mark.parametrize(
+    "op", ["gated_residual", "gated_residual_layer_norm", "layer_norm", "squared_relu"]
+)
+def test_eager_bytes_are_those_of_pytorchs_kernels(op: str, mode: str) -> None:
+    benchmark, shape = plan.BENCHMARKS[op], (256, 512)
+    inputs = benchmark.make_inputs(shape, torch.float32, CPU)
+    leaves = [value.to("meta").requires_grad_() for value in inputs.values()]
+    with _CountBytes() as forward:
+        outputs = benchmark.eager(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    douts = [torch.empty_like(out) for out in outputs]
+    with _CountBytes() as backward:
+        torch.autograd.grad(outputs, leaves, douts)
+    counted = forward.bytes if mode == "fwd" else backward.bytes
+    assert benchmark.eager_work(shape, 4, mode).bytes == pytest.approx(counted, rel=0.01)
+
+
+def test_predicted_time_by_hand() -> None:
+    h100 = next(gpu for gpu in roofline.GPUS if gpu.name == "H100")
+    memory_bound = work.gated_residual((2048, 4096), 2, "fwd")
+    assert roofline.predicted_us(memory_bound, "bf16", h100) == pytest.approx(15.02, abs=0.01)
+    compute_bound = work.Work(1, 1, 0, matmul_flops=989 * 10**12)
+    assert roofline.predicted_us(compute_bound, "bf16", h100) == pytest.approx(1e6)
+
+
+# Timing
+
+
+def test_quantiles() -> None:
+    assert Quantiles.of(range(11)) == Quantiles(5, 2, 8, 11)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    # The machine slows down fourfold on the way; the pairs don't notice.
+    ratios = paired_ratios([2, 4, 6, 8], [1, 2, 3, 4])
+    assert (ratios.p50, ratios.p20, ratios.p80) == (2, 2, 2)
+    assert paired_ratios([1, 1, 1], [2, 2, 2]).p50 == 0.5
+
+
+def test_rounds_are_interleaved_in_changing_order() -> None:
+    started: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: started.append(name)
+
+    def sample(function: Callable[[], object]) -> float:
+        function()
+        return float(len(started))
+
+    samples = interleaved({name: call(name) for name in "abc"}, sample, budget_s=0)
+    assert {len(values) for values in samples.values()} == {MIN_ROUNDS}
+    timed = started[3:]
+    rounds = [tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 1
+    for index, order in enumerate(rounds):
+        for place, name in enumerate(order):
+            assert samples[name][index] == 3 + index * 3 + place + 1
+
+
+# Results file
+
+ENVIRONMENT = Environment("cpu", 2, "2.13.0", "3.9.0", "0.1.0", "abc")
+TIME = Measurement(
+    "op", "ours", "fwd", "2x2", "bf16", "time", "ms", Quantiles(1.0, 0.9, 1.1, samples=15)
+)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_second_run_replaces_its_rows_and_keeps_others(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    eager = dataclasses.replace(TIME, provider="eager")
+    records.write_csv(path, [TIME, eager], ENVIRONMENT)
+    faster = dataclasses.replace(TIME, value=Quantiles(0.5, 0.4, 0.6, samples=20))
+    records.write_csv(path, [faster], ENVIRONMENT)
+    rows = rows_of(path)
+    assert [(row["provider"], row["p50"], row["samples"]) for row in rows] == [
+        ("ours", "0.5", "20"),
+        ("eager", "1", "15"),
+    ]
+    records.write_csv(path, [TIME], dataclasses.replace(ENVIRONMENT, commit="def"))
+    assert [row["commit"] for row in rows_of(path)] == ["abc", "abc", "def"]
+    assert set(rows[0]) == set(records.COLUMNS)
+
+
+def test_a_results_file_of_another_version_is_refused_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("kernel,ms\n")
+    result = bench("--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "results.csv" in result.output
+
+
+# Command
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--op", "softmax"], ["unknown op 'softmax'", "gated_residual", "squared_relu"]),
+        (["--provider", "jax"], ["unknown provider 'jax'", "eager, compile, ours, liger"]),
+        (["--op", "gated_residual", "--provider", "liger"], ["eager, compile, ours"]),
+        (["--dtype", "int8"], ["unknown dtype 'int8'", "fp32, bf16, fp16"]),
+        (["--mode", "bwd"], ["unknown mode 'bwd'", "fwd, fwd_bwd"]),
+        (["--shape", "2048"], ["shape '2048'", "rowsxwidth", "2048x2048"]),
+        (["--shape", "0x8"], ["shape '0x8'"]),
+        (["--shape", "axb"], ["shape 'axb'"]),
+        (["--out", __file__], ["is a file"]),
+    ],
+)
+def test_a_wrong_option_is_named(args: list[str], expected: list[str], tmp_path: Path) -> None:
+    result = bench("--out", str(tmp_path), *args)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    # The message comes in a box, broken into lines.
+    words = " ".join(result.output.replace("│", " ").split())
+    for text in expected:
+        assert text in words
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    out = tmp_path_factory.mktemp("bench")
+    args = "--op gated_residual_rms_norm --op squared_relu --quick --shape 16x64 --dtype bf16"
+    return bench(*args.split(), "--out", str(out)), out
+
+
+def test_a_quick_run_writes_its_numbers(quick_run: tuple[Result, Path]) -> None:
+    result, out = quick_run
+    assert result.exit_code == 0, result.output
+    rows = rows_of(out / "results.csv")
+    found = {(r["kernel"], r["provider"], r["mode"], r["shape"], r["metric"]) for r in rows}
+    for op in ("gated_residual_rms_norm", "squared_relu"):
+        for provider in ("eager", "ours"):
+            for mode in MODES:
+                for metric in ("time", "speedup", "bandwidth", "of_copy_ceiling"):
+                    assert (op, provider, mode, "16x64", metric) in found
+                assert (op, provider, mode, "1x64", "cpu_time_per_call") in found
+    assert {("copy", "bandwidth"), ("matmul", "rate")} <= {(r["kernel"], r["metric"]) for r in rows}
+    for row in rows:
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) < math.inf
+        assert int(row["samples"]) >= MIN_ROUNDS
+        assert row["unit"] and row["device"] and row["torch"] == torch.__version__
+    speedups = [r for r in rows if r["metric"] == "speedup" and r["provider"] == "eager"]
+    assert {row["p50"] for row in speedups} == {"1"}
+
+
+def test_bandwidth_is_useful_bytes_over_time(quick_run: tuple[Result, Path]) -> None:
+    rows = rows_of(quick_run[1] / "results.csv")
+    value = {
+        row["metric"]: float(row["p50"])
+        for row in rows
+        if (row["kernel"], row["provider"], row["mode"]) == ("squared_relu", "ours", "fwd")
+        and row["shape"] == "16x64"
+    }
+    assert value["bandwidth"] * value["time"] * 1e6 == pytest.approx(2 * 16 * 64 * 2, rel=0.01)
+
+
+def test_a_quick_run_draws_and_reports(quick_run: tuple[Result, Path]) -> None:
+    result, out = quick_run
+    image = (out / "report.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000
+    markdown = (out / "report.md").read_text()
+    for text in ("x vs eager", "GB/s", "% of copy", "Measured ceilings", "16x64", "us |"):
+        assert text in markdown
+    assert str(out / "report.md") in result.output
+    # Nothing that was not run is passed over.
+    assert "left out of --quick" in markdown and "Liger's kernels need a GPU" in markdown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="predictions stand in for a GPU")
+def test_predictions_are_labelled_and_apart(quick_run: tuple[Result, Path]) -> None:
+    result, out = quick_run
+    measured, _, predicted = (out / "report.md").read_text().partition("## Predicted")
+    for gpu in roofline.GPUS:
+        assert gpu.name in predicted and gpu.source in predicted
+        assert gpu.name not in measured
+    assert all(assumption in predicted for assumption in roofline.ASSUMPTIONS)
+    assert "Predicted GPU time" in result.output
+    assert "H100" not in (out / "results.csv").read_text()
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"flamingo_fast\[bench\]"):
+        plot.import_pyplot()
+
+
+# Gate
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("op", plan.BENCHMARKS.values(), ids=lambda b: b.name)
+def test_eager_and_ours_pass_the_gate(op: Benchmark, dtype: str) -> None:
+    case = Case(op, (16, 64), dtype, CPU)
+    for mode in MODES:
+        assert problems(case, op.eager, mode) == []
+        assert problems(case, op.ours, mode) == []
+
+
+def wrong_value(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return flamingo_fast.gated_residual(x, 1.1 * y, gate)
+
+
+def wrong_row(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    last = torch.arange(x.shape[0])[:, None] == x.shape[0] - 1
+    return flamingo_fast.gated_residual(x, y.masked_fill(last, 0), gate)
+
+
+def wrong_gradient(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return flamingo_fast.gated_residual(x, y, gate) + 0 * y.detach() + 0.1 * (gate - gate.detach())
+
+
+def not_finite(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return flamingo_fast.gated_residual(x, y, gate) / torch.zeros(())
+
+
+def wrong_dtype(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return flamingo_fast.gated_residual(x, y, gate).double()
+
+
+def raising(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("no reason")
+
+
+@pytest.mark.parametrize(
+    ("function", "mode", "problem"),
+    [
+        (wrong_value, "fwd", "out: RMS error"),
+        (wrong_row, "fwd", "out: largest error"),
+        (wrong_gradient, "fwd_bwd", "dgate: RMS error"),
+        (not_finite, "fwd", "out: not finite"),
+        (wrong_dtype, "fwd", "out: (4096, 64) torch.float64, expected (4096, 64) torch.bfloat16"),
+        (raising, "fwd", "ZeroDivisionError: no reason"),
+    ],
+)
+def test_the_gate_catches(function: Callable[..., Any], mode: str, problem: str) -> None:
+    case = Case(plan.BENCHMARKS["gated_residual"], (4096, 64), "bf16", CPU)
+    found = problems(case, function, mode)
+    assert len(found) == 1 and found[0].startswith(problem)
+
+
+def test_the_gate_misses_a_missing_output() -> None:
+    case = Case(plan.BENCHMARKS["gated_residual_rms_norm"], (4, 64), "fp32", CPU)
+    found = problems(case, lambda x, *rest: case.benchmark.eager(x, *rest)[0], "fwd")
+    assert found == ["ValueError: 1 tensors, expected residual, normed"]
+
+
+def test_the_gate_leaves_its_inputs_alone() -> None:
+    # dx is the incoming gradient itself, which must survive being compared.
+    case = Case(plan.BENCHMARKS["gated_residual"], (4, 64), "fp32", CPU)
+    call = case.call(case.benchmark.eager, "fwd_bwd")
+    before = case.named(call())["dx"].clone()
+    assert not disagreements(case.named(call()), case.expected)
+    assert torch.equal(case.named(call())["dx"], before)
+
+
+def replace_benchmark(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    wrong = dataclasses.replace(plan.BENCHMARKS["gated_residual"], **changes)
+    monkeypatch.setattr(plan, "BENCHMARKS", {"gated_residual": wrong})
+
+
+def wrong_unless_reference(*inputs: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+    if impl == "reference":
+        return flamingo_fast.gated_residual(*inputs, impl=impl)
+    return wrong_value(*inputs)
+
+
+def test_a_wrong_provider_gets_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    replace_benchmark(monkeypatch, ours=wrong_unless_reference)
+    result = bench("--quick", "--shape", "16x64", "--mode", "fwd", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "FAILED: gated_residual 16x64 bf16 fwd, ours: out: RMS error" in result.output
+    assert "## Failed" in (tmp_path / "report.md").read_text()
+    providers = {r["provider"] for r in rows_of(tmp_path / "results.csv")}
+    assert providers == {"torch", "eager"}
+
+
+def test_nothing_is_compared_to_a_wrong_baseline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replace_benchmark(monkeypatch, eager=wrong_value)
+    result = bench("--quick", "--shape", "16x64", "--mode", "fwd", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert {r["provider"] for r in rows_of(tmp_path / "results.csv")} == {"torch"}
+    assert not (tmp_path / "report.png").exists()
+
+
+def rounds_badly(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return wrong_value(x, y, gate) if x.dtype == torch.bfloat16 else x + gate.tanh() * y
+
+
+def test_a_baseline_that_only_rounds_badly_is_measured_and_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replace_benchmark(monkeypatch, eager=rounds_badly)
+    args = ("--quick", "--shape", "16x64", "--mode", "fwd", "--dtype", "bf16")
+    result = bench(*args, "--out", str(tmp_path))
+    assert result.exit_code == 0
+    assert "Note: gated_residual 16x64 bf16 fwd, eager: out: RMS error" in result.output
+    assert {r["provider"] for r in rows_of(tmp_path / "results.csv")} == {"torch", "eager", "ours"}
+
+
+def test_running_out_of_memory_is_a_failure_without_a_traceback(tmp_path: Path) -> None:
+    shape = "1000000000x1000000"
+    args = ("--op", "squared_relu", "--quick", "--shape", shape, "--dtype", "fp32")
+    result = bench(*args, "--mode", "fwd", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert f"FAILED: squared_relu {shape} fp32: " in result.output
+
+
+# Tables and suite
+
+
+def test_markdown_table() -> None:
+    table = report.Table("Title", ("op", "GPU\nours"), [["a", "1.0"]], 1, ["note"])
+    assert table.markdown().splitlines() == [
+        *("## Title", "", "| op | GPU ours |", "| --- | ---: |", "| a | 1.0 |", "", "- note")
+    ]
+
+
+def test_every_dtype_has_a_peak() -> None:
+    for gpu in roofline.GPUS:
+        assert set(gpu.matmul) == set(DTYPES)
+
+
+@pytest.mark.skipif(not records.IN_CHECKOUT, reason="bench/suite is not installed")
+def test_the_suite_runs() -> None:
+    root = Path(__file__).parents[1]
+    case = "squared_relu-2048x2048-fp32-fwd and (eager or ours or liger)"
+    options = ["--benchmark-only", "--benchmark-max-time=0.1", "-p", "no:cacheprovider", "-k", case]
+    command = [sys.executable, "-m", "pytest", "bench/suite", "-q", *options]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # fwd_bwd is selected too; Liger is there on a GPU only.
+    assert "4 passed" in done.stdout or "6 passed" in done.stdout

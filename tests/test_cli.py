@@ -1,0 +1,129 @@
+"""The command itself: exit codes, what users' mistakes look like, and `doctor`."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import flamingo_fast
+from flamingo_fast import cli, doctor
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `flamingo-fast` with arguments; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flamingo-fast", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def _backends(report: str) -> dict[str, dict[str, str]]:
+    return {backend["name"]: backend for backend in json.loads(report)["backends"]}
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"{flamingo_fast.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("nothing",), ("doctor", "--nothing"), ("doctor", "extra")])
+def test_bad_usage_exits_with_2(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert arguments[-1] in err
+    assert "Traceback" not in err
+
+
+def test_no_command_shows_the_commands(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2
+    assert "doctor" in out + err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        flamingo_fast.BackendUnavailableError("no GPU"),
+        ImportError("matplotlib is not installed"),
+        PermissionError("results: read-only"),
+    ],
+)
+def test_expected_errors_are_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.delenv("FLAMINGO_FAST_DEBUG", raising=False)
+    monkeypatch.setattr(doctor, "examine", fail)
+    assert run("doctor") == (1, "", f"flamingo-fast: {error}\n")
+
+    monkeypatch.setenv("FLAMINGO_FAST_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["flamingo-fast", "doctor"])
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+def test_doctor_tries_the_backends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code, out, _ = run("doctor", "--json")
+    report, backends = json.loads(out), _backends(out)
+    assert code == 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["devices"][0].startswith("cpu: ")
+    assert backends["torch"] == {
+        "name": "torch",
+        "status": "usable",
+        "detail": "squared_relu ran on cpu",
+    }
+    assert backends["reference"]["status"] == "usable"
+    interpreter = backends["triton in its interpreter"]
+    assert (interpreter["status"] == "usable") == (report["versions"]["triton"] is not None)
+
+
+def test_doctor_says_why_a_backend_is_unavailable(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    code, out, _ = run("doctor", "--json")
+    backends = _backends(out)
+    assert code == 0
+    assert backends["triton on a GPU"]["detail"] == "torch sees no GPU"
+    assert backends["torch.nn.attention.varlen"]["status"] == "unavailable"
+    assert backends["nvtx"]["detail"] == "not installed (pip install 'flamingo_fast[profile]')"
+    assert "flamingo_fast[gpu]" in backends["xformers"]["detail"]
+    assert backends["triton in its interpreter"]["status"] == "unavailable"
+
+    code, out, _ = run("doctor")
+    assert code == 0
+    # Rich would take an extra's name for markup.
+    assert "[profile]" in "".join(out.split())
+
+
+@pytest.mark.parametrize("result", [[0.0, 8.9], RuntimeError("no kernel image\nmore")])
+def test_doctor_exits_with_1_if_a_backend_is_broken(
+    run: Run, monkeypatch: pytest.MonkeyPatch, result: list[float] | Exception
+) -> None:
+    def squared_relu(x: torch.Tensor, *, impl: str) -> torch.Tensor:
+        if isinstance(result, Exception):
+            raise result
+        return torch.tensor(result)
+
+    monkeypatch.setattr(flamingo_fast, "squared_relu", squared_relu)
+    code, out, _ = run("doctor", "--json")
+    broken = _backends(out)["torch"]
+    assert code == 1
+    assert broken["status"] == "broken"
+    assert broken["detail"].startswith(("ArithmeticError: ", "RuntimeError: no kernel image"))
+    assert "\n" not in broken["detail"]

@@ -1,0 +1,277 @@
+"""What every op promises beside its values: compile, opcheck, fakes, autocast, checkpointing, saved memory."""
+
+import functools
+
+import pytest
+import torch
+from op_cases import OPS, Case, Op, check
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import flamingo_fast as ff
+from flamingo_fast.testing.compare import outputs_and_gradients
+from flamingo_fast.testing.guard import guard
+
+IMPLS = ["torch", "triton"]
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+def _run(op: Op, case: Case, impl: str, wrap=lambda function: function) -> dict[str, torch.Tensor]:
+    function = wrap(functools.partial(op.ours, impl=impl))
+    return outputs_and_gradients(function, case.inputs(op), op.outputs, case.output_gradients(op))
+
+
+def _assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+@every_op
+def test_compile_fullgraph(op, guarded):
+    """The kernels are opaque to the compiler, so a compiled call returns the eager bits."""
+    case = Case((3, 5, 48), torch.bfloat16, parameter_dtype=torch.float32)
+    compiled = _run(
+        op,
+        case,
+        "triton",
+        wrap=functools.partial(torch.compile, fullgraph=True, backend="aot_eager"),
+    )
+    _assert_equal(compiled, _run(op, case, "triton"))
+
+
+def test_compile_with_inductor():
+    """Through Inductor: the kernels stay as they are, the torch implementation is fused by it."""
+
+    def function(x, y, gate, weight, bias):
+        with ff.use_impl("triton"):
+            residual, normed = ff.gated_residual_norm(x, y, gate, weight, bias, eps=1e-5)
+        return residual, ff.squared_relu(normed, impl="torch")
+
+    op = OPS["gated_residual_layer_norm"]
+    case = Case((6, 48))
+    run = functools.partial(
+        outputs_and_gradients,
+        inputs=case.inputs(op),
+        output_names=op.outputs,
+        output_gradients=case.output_gradients(op),
+    )
+    compiled, eager = run(torch.compile(function, fullgraph=True)), run(function)
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def _raw_calls(impl: str):
+    """Arguments of every registered op."""
+    x, y = torch.randn(6, 48), torch.randn(6, 48, dtype=torch.bfloat16)
+    gate, weight, bias = torch.randn(48), torch.randn(48), torch.randn(48)
+    mean, rstd = torch.randn(6), torch.rand(6)
+    bf16 = torch.bfloat16
+    ops = torch.ops.flamingo_fast
+    return [
+        (ops.squared_relu_fwd, (y, impl)),
+        (ops.squared_relu_bwd, (y, x, impl)),
+        (ops.gated_residual_fwd, (x, y, gate, impl)),
+        (ops.gated_residual_bwd, (x, y, gate, bf16, True, impl)),
+        (ops.gated_residual_bwd, (y, None, y[0], bf16, False, impl)),
+        (ops.norm_fwd, (x, weight, bias, 1e-5, False, bf16, impl)),
+        (ops.norm_fwd, (x.mT.contiguous().mT, weight, None, 1e-5, True, x.dtype, impl)),
+        (ops.norm_bwd, (x, x, weight, bias, mean, rstd, False, True, True, True, impl)),
+        (ops.norm_bwd, (y, y, y[0], None, mean[:0], rstd, True, True, False, False, impl)),
+        (ops.gated_residual_norm_fwd, (x, y, gate, weight, bias, 1e-5, False, bf16, impl)),
+        (
+            ops.gated_residual_norm_bwd,
+            (x, x, x, y, gate, weight, bias, mean, rstd, False, bf16, *[True] * 4, impl),
+        ),
+        (
+            ops.gated_residual_norm_bwd,
+            (None, y, y, None, y[0, :1], None, None, mean[:0], rstd, True, bf16)
+            + (True, True, False, False, impl),
+        ),
+    ]
+
+
+@every_impl
+def test_opcheck(impl, guarded):
+    calls = _raw_calls(impl)
+    registered = {name for name in dir(torch.ops.flamingo_fast) if name.endswith(("_fwd", "_bwd"))}
+    assert registered == {call._qualified_op_name.split("::")[1] for call, _ in calls}
+    for call, arguments in calls:
+        torch.library.opcheck(call, arguments)
+
+
+@every_op
+@every_impl
+def test_fake_tensors_have_the_real_metadata(op, impl):
+    case = Case((3, 5, 48), torch.bfloat16, parameter_dtype=torch.float32, x_layout="transposed")
+    real = op.ours(*case.inputs(op).values(), impl=impl)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(tensor) for tensor in case.inputs(op).values()]
+    with mode:
+        fake = op.ours(*fakes, impl=impl)
+        sum(output.sum() for output in (fake if isinstance(fake, tuple) else (fake,))).backward()
+    for real_output, fake_output in zip(
+        *(outputs if isinstance(outputs, tuple) else (outputs,) for outputs in (real, fake)),
+        strict=True,
+    ):
+        assert fake_output.shape == real_output.shape
+        assert fake_output.dtype == real_output.dtype
+        assert fake_output.stride() == real_output.stride()
+    for fake_input in fakes:
+        assert fake_input.grad.dtype == fake_input.dtype
+
+
+@every_op
+def test_gradcheck_of_the_reference(op):
+    inputs = Case((3, 5), torch.float64, vector_gate=True).inputs(op)
+    assert torch.autograd.gradcheck(op.reference, tuple(inputs.values()))
+
+
+@every_op
+def test_torch_implementation_takes_fp64(op):
+    inputs = Case((3, 5), torch.float64, vector_gate=True).inputs(op)
+    assert torch.autograd.gradcheck(
+        functools.partial(op.ours, impl="torch"), tuple(inputs.values())
+    )
+
+
+@every_impl
+@every_op
+def test_autocast(op, impl):
+    """Inside autocast the residual keeps its dtype and normed has autocast's."""
+    case = Case((6, 48), y_dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = _run(op, case, impl)
+    for name in op.outputs:
+        assert outputs[name].dtype == (torch.bfloat16 if name == "normed" else torch.float32)
+    assert all(outputs[f"d{name}"].isfinite().all() for name in op.inputs)
+
+
+@every_impl
+@every_op
+def test_activation_checkpointing(op, impl, guarded):
+    case = Case((6, 48), torch.bfloat16, parameter_dtype=torch.float32)
+
+    def checkpointed(function):
+        return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False)
+
+    _assert_equal(_run(op, case, impl, wrap=checkpointed), _run(op, case, impl))
+
+
+@every_impl
+@every_op
+def test_double_backward_raises(op, impl):
+    inputs = Case((6, 48)).inputs(op)
+    outputs = op.ours(*inputs.values(), impl=impl)
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    (dx,) = torch.autograd.grad(first.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@every_op
+def test_program_order_and_repetition_change_no_bit(op):
+    case = Case((130, 48), torch.bfloat16, vector_gate=True)
+    runs = []
+    for seed in (0, 1, 1):
+        with guard(shuffle_seed=seed):
+            runs.append(_run(op, case, "triton"))
+    _assert_equal(runs[1], runs[0])
+    _assert_equal(runs[2], runs[0])
+
+
+@pytest.mark.parametrize("width", [48, 1024, 5000])
+@every_op
+def test_a_row_does_not_depend_on_the_batch(op, width, guarded):
+    """Of the kernels only: PyTorch's own CPU loops round their vectorised part and its tail apart."""
+    inputs = {
+        name: None if tensor is None else tensor.detach()
+        for name, tensor in Case((37, width), torch.bfloat16).inputs(op).items()
+    }
+    alone = {
+        name: tensor[11:12] if name in ("x", "y") else tensor for name, tensor in inputs.items()
+    }
+    everything, one = (op.ours(*chosen.values(), impl="triton") for chosen in (inputs, alone))
+    pairs = zip(everything, one, strict=True) if len(op.outputs) > 1 else [(everything, one)]
+    for all_rows, row in pairs:
+        assert torch.equal(all_rows[11:12], row)
+
+
+@every_impl
+@every_op
+def test_saved_for_backward(op, impl):
+    """At most one tensor of x's size, one of y's, and O(rows + width)."""
+    case = Case((64, 256), torch.bfloat16, parameter_dtype=torch.float32, vector_gate=True)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = case.inputs(op)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = op.ours(*inputs.values(), impl=impl)
+    rows, width = case.shape
+    big = sum(inputs[name].nbytes for name in ("x", "y") if name in inputs)
+    assert outputs is not None and sum(saved.values()) <= big + 8 * rows + 12 * width
+
+
+@every_impl
+def test_frozen_parameters_are_neither_saved_nor_computed(impl):
+    """With a frozen gate y is not kept; with frozen parameters no partial sums are launched."""
+    op = OPS["gated_residual_layer_norm"]
+    case = Case((64, 256), frozen=("gate", "weight", "bias"))
+    inputs = case.inputs(op)
+    saved = []
+    with (
+        guard() as guarded,
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.untyped_storage().data_ptr()) or tensor,
+            lambda tensor: tensor,
+        ),
+    ):
+        residual, normed = op.ours(*inputs.values(), impl=impl)
+        (residual.sum() + normed.square().sum()).backward()
+    assert inputs["y"].untyped_storage().data_ptr() not in saved
+    expected = ["_norm_fwd_kernel", "_norm_bwd_kernel"] if impl == "triton" else []
+    assert [launch.kernel for launch in guarded.launches] == expected
+
+
+@every_impl
+@every_op
+def test_second_use_of_outputs(op, impl, guarded):
+    """Each output is used twice, and its gradient comes expanded from a sum."""
+    case = Case((9, 48))
+    inputs, inputs_once = case.inputs(op), case.inputs(op)
+    for leaves, times in ((inputs, 2), (inputs_once, 1)):
+        outputs = op.ours(*leaves.values(), impl=impl)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        factor = 2 / times
+        sum(factor * output.sum() for output in outputs for _ in range(times)).backward()
+    for name, tensor in inputs.items():
+        torch.testing.assert_close(tensor.grad, inputs_once[name].grad, rtol=1e-6, atol=1e-6)
+
+
+def test_use_impl_chooses_for_auto_only(guarded):
+    x = torch.randn(4, 8)
+    with ff.use_impl("triton"):
+        ff.squared_relu(x)
+        ff.squared_relu(x, impl="torch")
+        with ff.use_impl("reference"):
+            ff.squared_relu(x)
+        ff.squared_relu(x)
+    ff.squared_relu(x)
+    assert len(guarded.launches) == 2
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_slices_of_a_fused_projection_are_not_copied(norm, guarded):
+    """q/k-norms: a (batch, seqlen, heads, head_dim) slice is read where it lies."""
+    qkv = torch.randn(2, 5, 3, 4, 64)
+    q = qkv[:, :, 0]
+    OPS[norm].ours(q, torch.ones(64), None, impl="triton")
+    (launch,) = guarded.launches
+    assert launch.bytes_loaded <= q.numel() * 4 + 4 * 64 * 8
+    check(OPS[norm], Case((2, 5, 4, 64), x_layout="sliced"), "triton")
