@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import flamingo_fast
 from flamingo_fast.bench import work
 from flamingo_fast.bench.registry import Benchmark, Provider, Shape, Unavailable, normal
+from flamingo_fast.testing import eager
 
 EPS = 1e-5
 
@@ -29,20 +29,6 @@ def _inputs(
         "bias": lambda: normal(width, dtype, device, seed=3),
     }
     return {name: make[name]() for name in names.split()}
-
-
-def _gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return x + gate.tanh() * y
-
-
-def _gated_residual_layer_norm(x, y, gate, weight, bias):  # type: ignore[no-untyped-def]
-    residual = x + gate.tanh() * y
-    return residual, F.layer_norm(residual, weight.shape, weight, bias, EPS)
-
-
-def _gated_residual_rms_norm(x, y, gate, weight):  # type: ignore[no-untyped-def]
-    residual = x + gate.tanh() * y
-    return residual, F.rms_norm(residual, weight.shape, weight, EPS)
 
 
 def _liger(function: str, compute: Callable[..., Any]) -> Provider:
@@ -93,7 +79,7 @@ BENCHMARKS = {
             name="gated_residual",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x y gate"),
-            eager=_gated_residual,
+            eager=eager.gated_residual,
             ours=flamingo_fast.gated_residual,
             work=work.gated_residual,
             eager_work=work.gated_residual_eager,
@@ -102,7 +88,7 @@ BENCHMARKS = {
             name="gated_residual_layer_norm",
             outputs=("residual", "normed"),
             make_inputs=functools.partial(_inputs, "x y gate weight bias"),
-            eager=_gated_residual_layer_norm,
+            eager=functools.partial(eager.gated_residual_norm, eps=EPS, norm="layer"),
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="layer"),
             work=work.gated_residual_norm,
             eager_work=work.gated_residual_norm_eager,
@@ -112,7 +98,7 @@ BENCHMARKS = {
             name="gated_residual_rms_norm",
             outputs=("residual", "normed"),
             make_inputs=functools.partial(_inputs, "x y gate weight"),
-            eager=_gated_residual_rms_norm,
+            eager=functools.partial(eager.gated_residual_norm, bias=None, eps=EPS, norm="rms"),
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="rms"),
             work=functools.partial(work.gated_residual_norm, rms=True),
             eager_work=functools.partial(work.gated_residual_norm_eager, rms=True),
@@ -122,7 +108,7 @@ BENCHMARKS = {
             name="layer_norm",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x weight bias"),
-            eager=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPS),
+            eager=functools.partial(eager.layer_norm, eps=EPS),
             ours=functools.partial(flamingo_fast.layer_norm, eps=EPS),
             work=work.norm,
             eager_work=work.norm,
@@ -132,7 +118,7 @@ BENCHMARKS = {
             name="rms_norm",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x weight"),
-            eager=lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+            eager=functools.partial(eager.rms_norm, bias=None, eps=EPS),
             ours=functools.partial(flamingo_fast.rms_norm, eps=EPS),
             work=functools.partial(work.norm, rms=True),
             eager_work=functools.partial(work.norm, rms=True),
@@ -142,7 +128,7 @@ BENCHMARKS = {
             name="squared_relu",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x"),
-            eager=lambda x: F.relu(x).square(),
+            eager=eager.squared_relu,
             ours=flamingo_fast.squared_relu,
             work=work.squared_relu,
             eager_work=work.squared_relu_eager,

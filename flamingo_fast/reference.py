@@ -12,7 +12,7 @@ def _upcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """relu(x)**2, the paper's feed-forward activation (Flamingo, appendix A.1.4); x's shape and dtype."""
+    """relu(x)**2, of x's dtype: the activation of the paper's feed-forwards (appendix A.1.4)."""
     return torch.relu(_upcast(x)).square().to(x.dtype)
 
 
@@ -30,7 +30,7 @@ def layer_norm(
     eps: float,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, var without Bessel's correction."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (biased variance)."""
     wide = _upcast(x)
     wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -70,7 +70,7 @@ def gated_residual_norm(
     norm: str,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(residual, norm(residual)) of residual = gated_residual(x, y, gate), rounded to x's dtype before the norm."""
+    """(residual, norm(residual)), the residual rounded to x's dtype before it is normalised."""
     residual = gated_residual(x, y, gate)
     normalise = rms_norm if norm == "rms" else layer_norm
     return residual, normalise(residual, weight, bias, eps, out_dtype)

@@ -190,7 +190,7 @@ def gated_residual_bwd(
     y_dtype: torch.dtype,
     need_dy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dy, dgate); what is not needed comes back empty and costs nothing. Without y there is no dgate."""
+    """(dy, dgate); dgate needs y. What is not needed comes back empty and costs nothing."""
     vector_gate = gate.numel() > 1
     need_dgate = y is not None
     dy = torch.empty(dout.shape if need_dy else (0,), dtype=y_dtype, device=dout.device)

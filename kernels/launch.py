@@ -1,4 +1,4 @@
-"""How kernels are started: the target a launcher tunes for, and one door that every launch goes through."""
+"""How kernels are started: what launchers tune for, and the one door for all launches."""
 
 import contextlib
 import dataclasses
@@ -76,17 +76,26 @@ def launch(
     *args: Any,
     num_warps: int,
     num_stages: int = 1,
+    max_registers: int | None = None,
     **constexprs: Any,
 ) -> None:
-    """Starts `kernel` on the device of its first tensor argument; an empty grid starts nothing."""
+    """Starts `kernel` on the device of its first tensor argument; an empty grid starts nothing.
+
+    Arguments:
+        max_registers: a thread's, on NVIDIA GPUs. Left alone, ptxas may spill for the sake of more
+            blocks an SM.
+    """
     if 0 in grid:
         return
     # The default of enable_fp_fusion differs between Triton versions.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    if max_registers is not None and target_of(tensor).arch.startswith("sm_"):
+        options["maxnreg"] = max_registers
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, args, constexprs, options))
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    device = tensor.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constexprs, **options)

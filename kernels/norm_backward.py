@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 
 from flamingo_fast.kernels.launch import Target, launch, target_of
-from flamingo_fast.kernels.norm_config import WIDEST_KEPT, NormConfig, load_gate, load_parameter
+from flamingo_fast.kernels.norm_config import (
+    MAX_REGISTERS,
+    WIDEST_KEPT,
+    NormConfig,
+    load_gate,
+    load_parameter,
+)
 from flamingo_fast.kernels.partials import Partials
 from flamingo_fast.kernels.rows import RowTensor, as_rows, row_offsets
 from flamingo_fast.kernels.tanh import tanh
@@ -271,7 +277,7 @@ def gated_residual_norm_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dy, dgate, dweight, dbias); what is not needed comes back empty. Without y there is no dgate."""
+    """(dx, dy, dgate, dweight, dbias); dgate needs y. What is not needed comes back empty."""
     saved = _Saved(residual, y, gate, weight, bias, mean, rstd, rms)
     return _backward(saved, dresidual, dnormed, y_dtype, need_dx, need_dy, need_dweight, need_dbias)
 
@@ -392,6 +398,7 @@ def _backward(
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             num_warps=config.num_warps,
+            max_registers=MAX_REGISTERS,
         )
     dweight, dbias, dgate = partials.sum()
     if not in_one_pass:

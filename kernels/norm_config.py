@@ -10,6 +10,9 @@ from flamingo_fast.kernels.launch import Target
 # Above this width the parameters and their gradients' sums do not fit in registers.
 WIDEST_KEPT = 4096
 
+# What a thread of the largest configuration has, and more than any other needs.
+MAX_REGISTERS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class NormConfig:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flamingo_fast.kernels.launch import launch, target_of
-from flamingo_fast.kernels.norm_config import NormConfig, load_gate, load_parameter
+from flamingo_fast.kernels.norm_config import MAX_REGISTERS, NormConfig, load_gate, load_parameter
 from flamingo_fast.kernels.rows import as_rows, row_offsets
 from flamingo_fast.kernels.tanh import tanh
 
@@ -17,7 +17,8 @@ from flamingo_fast.kernels.tanh import tanh
 def forward_config(width: int) -> NormConfig:
     block_n = triton.next_power_of_2(width)
     num_warps = {4096: 8, 8192: 16, 16384: 16}.get(block_n, 4)
-    return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 32 // num_warps)
+    # As many programs as registers leave room for on an SM.
+    return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 24 // num_warps)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -163,5 +164,6 @@ def _forward(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,
+        max_registers=MAX_REGISTERS,
     )
     return residual, normed, mean, rstd

@@ -1,4 +1,4 @@
-"""Gradients of parameters, second step: the partial sums that programs left, added in a fixed order.
+"""Gradients of parameters, second step: adding the partial sums of programs in a fixed order.
 
 Programs write fp32 partials (num_partials, slots, width): one slot for each of weight, bias and
 vector gate whose gradient is wanted. Those of a scalar gate are a tensor of their own.

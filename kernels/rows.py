@@ -1,7 +1,7 @@
 """Tensors as rows: how row-wise kernels reach (..., width) tensors of other strides without a copy.
 
-Leading dimensions collapse to two levels, `outer` x `inner`, which covers contiguous tensors,
-padded rows and slices of a fused projection such as q in a (batch, seqlen, 3, heads, head_dim) view.
+Leading dimensions collapse to two levels, `outer` x `inner`. That covers contiguous tensors, padded
+rows and slices of a fused projection, such as q of a (batch, seqlen, 3, heads, head_dim) tensor.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def _collapse(tensor: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def as_rows(*tensors: torch.Tensor) -> tuple[int, int, int, list[RowTensor]]:
-    """(rows, width, inner, views) of tensors of one shape; copies those that two levels can't reach."""
+    """(rows, width, inner, views) of tensors of one shape; unreachable ones are copied."""
     shape = tensors[0].shape
     width = shape[-1]
     rows = math.prod(shape[:-1])

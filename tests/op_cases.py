@@ -1,4 +1,4 @@
-"""The op family's test cases: how each op is called, and its inputs, as `ours`, eager and fp64 oracle."""
+"""The op family's test cases: how ours, eager and the fp64 oracle are called, and with what."""
 
 import dataclasses
 import functools

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ def _restore_threads() -> Iterator[None]:
 
 
 def bench(*args: str) -> Result:
-    return CliRunner().invoke(app, ["bench", *args])
+    # Wide enough for paths to stay on one line.
+    return CliRunner().invoke(app, ["bench", *args], env={"COLUMNS": "400"})
 
 
 # Work
@@ -430,7 +432,9 @@ def test_the_suite_runs() -> None:
     case = "squared_relu-2048x2048-fp32-fwd and (eager or ours or liger)"
     options = ["--benchmark-only", "--benchmark-max-time=0.1", "-p", "no:cacheprovider", "-k", case]
     command = [sys.executable, "-m", "pytest", "bench/suite", "-q", *options]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    # Of a worker of pytest-xdist a child process would think that it is one too.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     # fwd_bwd is selected too; Liger is there on a GPU only.
     assert "4 passed" in done.stdout or "6 passed" in done.stdout

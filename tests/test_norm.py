@@ -72,7 +72,9 @@ def test_every_width(width, vector_gate, guarded):
     """Widths that are odd run RMSNorm, the others LayerNorm: the layouts are the same."""
     norm = "rms_norm" if width % 2 else "layer_norm"
     # 19 rows are two blocks of the kernel by columns.
-    case = Case((19 if width < 8192 else 3, width), BF16, parameter_dtype=FP32, vector_gate=vector_gate)
+    case = Case(
+        (19 if width < 8192 else 3, width), BF16, parameter_dtype=FP32, vector_gate=vector_gate
+    )
     check(OPS[f"gated_residual_{norm}"], case, "triton")
 
 

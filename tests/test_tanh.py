@@ -1,4 +1,4 @@
-"""tanh of a gate and its derivative: relative error at most 1e-6 from 1e-30 to 10, in every implementation."""
+"""tanh of a gate and its slope: relative error at most 1e-6 from 1e-30 to 10, everywhere."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_kernel_functions_at_the_ends(guarded):
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
 def test_gated_residual_keeps_relative_accuracy(impl, guarded):
-    """x = 0 and y = 1 make the output tanh(gate), the gradient of y too, and the gate's its slope."""
+    """x = 0 and y = 1 make output and dy tanh(gate), and dgate its slope."""
     gates = _gates()[::7].clone()
     x = torch.zeros(1, gates.numel())
     y = torch.ones(1, gates.numel(), requires_grad=True)

@@ -28,7 +28,7 @@ def _assert_dram_bytes(launches: list[LaunchRecord], loaded: int, stored: int) -
 
 
 def _run(function, shape: tuple[int, int], names: str, backward: bool) -> list[LaunchRecord]:
-    """The launches of a bf16 forward, or of its backward, with parameters that all need gradients."""
+    """The launches of a bf16 forward or of its backward, all gradients wanted."""
     shapes = {"x": shape, "y": shape, "gate": (1,), "vector_gate": shape[1:]}
     inputs = [
         torch.randn(shapes.get(name, shape[1:]), dtype=BF16, requires_grad=True)
@@ -75,7 +75,7 @@ def test_gated_residual_norm_forward(shape, norm):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("shape", [(96, 1024), (60, 2560)])
 def test_gated_residual_norm_backward_in_one_pass(shape, norm):
-    """Four elements in and two out, and fp32 partial sums: a row of each slot a program, both ways."""
+    """Four elements in, two out, and of each program fp32 partial sums, both ways."""
     formula = work.gated_residual_norm(shape, 2, "bwd", rms=norm == "rms")
     launches = _run(_gated_norm(norm), shape, PARAMETERS[norm], backward=True)
     assert [each.kernel for each in launches] == ["_norm_bwd_kernel", "_sum_partials_kernel"]
@@ -87,7 +87,7 @@ def test_gated_residual_norm_backward_in_one_pass(shape, norm):
 
 @pytest.mark.parametrize("names", ["x y gate weight bias", "x y vector_gate weight bias"])
 def test_gated_residual_norm_backward_of_wide_rows(names):
-    """Above the width of the one-pass backward the column kernel reads two inputs again, or four."""
+    """Above the one-pass width, the columns kernel reads two inputs again, or four."""
     shape = (40, 5120)
     launches = _run(_gated_norm("layer"), shape, names, backward=True)
     gate_sums = [] if "vector" in names else ["_sum_partials_kernel"]

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: shapes, dtypes and devices only, so never a device sync."""
+"""Argument checks of the public functions. They look at metadata only: never a device sync."""
 
 from collections.abc import Sequence
 

@@ -1,32 +1,69 @@
-"""The `torch` implementations: eager PyTorch on a CPU, in few calls over blocks that stay in cache.
+"""The `torch` implementations: eager PyTorch on a CPU, in few calls that allocate little.
 
-Large tensors are walked in blocks of rows, so that what one call writes the next still finds in
-the second-level cache. Sums over rows are kept in fp32 (fp64 for fp64 inputs).
+New memory costs more than arithmetic here: the kernel clears each page of a large temporary. So
+what needs temporaries walks blocks of rows and reuses their buffers, which stay in cache. Sums over
+rows are kept in fp32 (fp64 for fp64 inputs).
 """
 
 from collections.abc import Iterator
 
 import torch
 
-# 256 Ki elements: 1 MiB of fp32, half of the second-level cache of a current server core.
 _BLOCK_ELEMENTS = 1 << 18
 
 
-def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def row_chunks(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """[start, stop) of blocks of rows."""
-    width = tensor.shape[-1]
-    rows = tensor.numel() // width
-    step = max(_BLOCK_ELEMENTS // width, 1)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _block_length(rows: torch.Tensor) -> int:
+    return max(_BLOCK_ELEMENTS // rows.shape[1], 1)
+
+
+class _Scratch:
+    """Memory for one block of rows."""
+
+    def __init__(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
+        length = min(_block_length(rows), rows.shape[0])
+        self._memory = rows.new_empty((length, rows.shape[1]), dtype=dtype)
+
+    def of(self, block: slice) -> torch.Tensor:
+        return self._memory[: block.stop - block.start]
+
+
+class _WideRows:
+    """The rows of a tensor in fp32 (fp64 if it is), converted block by block where they are not.
+
+    A block of converted rows is valid until the next one is taken.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.rows = _as_matrix(tensor)
+        self.dtype = _wide_dtype(tensor)
+        self.scratch = None if tensor.dtype == self.dtype else _Scratch(self.rows, self.dtype)
+
+    def __getitem__(self, block: slice) -> torch.Tensor:
+        rows = self.rows[block]
+        return rows if self.scratch is None else self.scratch.of(block).copy_(rows)
+
+    def blocks(self) -> Iterator[slice]:
+        length = _block_length(self.rows)
+        for start in range(0, self.rows.shape[0], length):
+            yield slice(start, min(start + length, self.rows.shape[0]))
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x.contiguous()).square_()
+
+
+def squared_relu_backward(x: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    dx = torch.relu(x.contiguous())
+    # 2 * relu(x) * dout in one call.
+    return torch.addcmul(x.new_zeros(()), dx, dout, value=2, out=dx)
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -38,45 +75,6 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     return out.contiguous()
 
 
-class GatedResidualBackward:
-    """dy and dgate of a gated residual from blocks of its gradient."""
-
-    def __init__(
-        self,
-        dout: torch.Tensor,
-        y: torch.Tensor | None,
-        gate: torch.Tensor,
-        y_dtype: torch.dtype,
-        need_dy: bool,
-    ) -> None:
-        self._y = None if y is None else as_matrix(y)
-        self._gate = gate
-        self._wide_gate = gate.to(torch.float64)
-        tanh_gate = self._wide_gate.tanh()
-        self._factor = tanh_gate.item() if gate.numel() == 1 else tanh_gate.to(_wide_dtype(gate))
-        self._dy = dout.new_empty(dout.shape if need_dy else (0,), dtype=y_dtype)
-        self._sum = dout.new_zeros(gate.shape, dtype=_wide_dtype(dout))
-
-    def add(self, dout: torch.Tensor, start: int, stop: int) -> None:
-        """Takes the gradient (stop - start, width) of rows [start, stop)."""
-        if self._dy.numel():
-            torch.mul(dout, self._factor, out=as_matrix(self._dy)[start:stop])
-        if self._y is not None:
-            product = dout * self._y[start:stop]
-            if self._gate.numel() == 1:
-                self._sum += product.sum(dtype=self._sum.dtype)
-            else:
-                self._sum += product.sum(0, dtype=self._sum.dtype)
-
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dy, dgate), empty where not wanted."""
-        if self._y is None:
-            return self._dy, self._gate.new_empty(0, dtype=torch.float32)
-        # Not 1 - tanh**2, which cancels for large gates.
-        slope = self._wide_gate.cosh().pow(-2)
-        return self._dy, (self._sum * slope).to(self._gate.dtype)
-
-
 def gated_residual_backward(
     dout: torch.Tensor,
     y: torch.Tensor | None,
@@ -84,11 +82,34 @@ def gated_residual_backward(
     y_dtype: torch.dtype,
     need_dy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backward = GatedResidualBackward(dout, y, gate, y_dtype, need_dy)
-    rows = as_matrix(dout)
-    for start, stop in row_chunks(dout):
-        backward.add(rows[start:stop], start, stop)
-    return backward.gradients()
+    """(dy, dgate); dgate needs y. What is not needed comes back empty."""
+    wide_gate = gate.double()
+    dy = dout.new_empty(dout.shape if need_dy else (0,), dtype=y_dtype)
+    if need_dy:
+        tanh_gate = wide_gate.tanh()
+        # A Python number multiplies in fp32 without promoting bf16; an fp32 vector would be slow.
+        factor = tanh_gate.item() if gate.numel() == 1 else tanh_gate.to(dout.dtype)
+        torch.mul(dout, factor, out=dy)
+    if y is None:
+        return dy, gate.new_empty(0, dtype=torch.float32)
+    total = _sum_of_products(dout, y, over_columns=gate.numel() == 1)
+    # Not 1 - tanh**2, which cancels for large gates.
+    return dy, (total * wide_gate.cosh().pow(-2)).to(gate.dtype)
+
+
+def _sum_of_products(dout: torch.Tensor, y: torch.Tensor, over_columns: bool) -> torch.Tensor:
+    """dout * y summed over rows, (width,), or over everything, (1,); fp32 or fp64."""
+    dout_rows, y_rows = _WideRows(dout), _WideRows(y)
+    total = dout.new_zeros(1 if over_columns else dout.shape[-1], dtype=dout_rows.dtype)
+    products = _Scratch(dout_rows.rows, torch.promote_types(dout.dtype, y.dtype))
+    for block in dout_rows.blocks():
+        if over_columns:
+            total += torch.dot(dout_rows[block].flatten(), y_rows[block].flatten())
+        else:
+            # Products of 16-bit numbers in 16 bits, as eager's: converting both costs more.
+            rows = dout_rows.rows[block], y_rows.rows[block]
+            total += torch.mul(*rows, out=products.of(block)).sum(0)
+    return total
 
 
 def norm(
@@ -103,113 +124,37 @@ def norm(
     x = x.contiguous()
     wide = _wide_dtype(x)
     if not rms:
-        native_weight, native_bias = _native_parameter(weight, x), _native_parameter(bias, x)
-        if native_weight is None and native_bias is not None:
-            native_weight = torch.ones_like(native_bias)
+        native_weight, native_bias = _native_parameters(weight, bias, x)
         normed, mean, rstd = torch.native_layer_norm(
             x, x.shape[-1:], native_weight, native_bias, eps
         )
-        shape = x.shape[:-1]
-        return normed.to(out_dtype), mean.to(wide).view(shape), rstd.to(wide).view(shape)
+        return normed.to(out_dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
     normed = torch.empty(x.shape, dtype=out_dtype)
     rstd = torch.empty(x.shape[:-1], dtype=wide)
-    rows, out_rows, rstd_rows = as_matrix(x), as_matrix(normed), rstd.view(-1, 1)
-    for start, stop in row_chunks(x):
-        block = rows[start:stop].to(wide)
-        length = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
-        block_rstd = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        rstd_rows[start:stop] = block_rstd
-        target = out_rows[start:stop]
+    rows, normed_rows, rstd_rows = _WideRows(x), _as_matrix(normed), rstd.view(-1, 1)
+    scratch = _Scratch(rows.rows, wide)
+    for block in rows.blocks():
+        wide_x, out = rows[block], normed_rows[block]
+        length = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+        rstd_rows[block] = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         if weight is None and bias is None:
-            torch.mul(block, block_rstd, out=target)
+            torch.mul(wide_x, rstd_rows[block], out=out)
             continue
-        block = block * block_rstd
+        xhat = torch.mul(wide_x, rstd_rows[block], out=scratch.of(block))
         if weight is not None:
-            torch.mul(block, weight, out=target if bias is None else block)
+            torch.mul(xhat, weight, out=out if bias is None else xhat)
         if bias is not None:
-            torch.add(block, bias, out=target)
+            torch.add(xhat, bias, out=out)
     return normed, x.new_empty(0, dtype=wide), rstd
 
 
-def _native_parameter(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """native_layer_norm takes parameters of x's dtype, or fp32 ones beside 16-bit x."""
-    if parameter is None or x.dtype in (torch.float32, torch.float64):
-        return None if parameter is None else parameter.to(x.dtype)
-    return parameter.float()
-
-
-class NormBackward:
-    """dx, dweight and dbias of a norm from blocks of the gradient of its output."""
-
-    def __init__(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        mean: torch.Tensor,
-        rstd: torch.Tensor,
-        rms: bool,
-        need_dweight: bool,
-        need_dbias: bool,
-    ) -> None:
-        self._x = as_matrix(x)
-        self._weight, self._bias = weight, bias
-        self._mean = None if rms else mean.view(-1, 1)
-        self._rstd = rstd.view(-1, 1)
-        self._dweight = x.new_zeros(x.shape[-1] if need_dweight else 0, dtype=rstd.dtype)
-        self._dbias = x.new_zeros(x.shape[-1] if need_dbias else 0, dtype=rstd.dtype)
-
-    def dx(self, dnormed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Takes the gradient (stop - start, width) of rows [start, stop); returns that of the input."""
-        x, rstd = self._x[start:stop], self._rstd[start:stop]
-        if self._mean is not None:
-            return self._layer_norm(dnormed, x, self._mean[start:stop], rstd)
-        wide = rstd.dtype
-        dnormed = dnormed.to(wide)
-        xhat = x.to(wide) * rstd
-        product = dnormed * xhat
-        if self._dbias.numel():
-            self._dbias += dnormed.sum(0)
-        if self._dweight.numel():
-            self._dweight += product.sum(0)
-        if self._weight is not None:
-            product, dnormed = product.mul_(self._weight), dnormed * self._weight
-        correction = product.mean(-1, keepdim=True)
-        return torch.addcmul(dnormed, xhat, correction, value=-1).mul_(rstd)
-
-    def _layer_norm(
-        self, dnormed: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-    ) -> torch.Tensor:
-        weight, bias = _native_parameter(self._weight, x), _native_parameter(self._bias, x)
-        if self._dweight.numel() == 0 and self._dbias.numel() == 0:
-            bias = None
-        elif weight is None:
-            weight = torch.ones_like(x[0])
-        native_dtype = x.dtype if weight is None else weight.dtype
-        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            dnormed.to(x.dtype).contiguous(),
-            x,
-            x.shape[-1:],
-            mean.to(native_dtype),
-            rstd.to(native_dtype),
-            weight,
-            bias,
-            [True, self._dweight.numel() > 0, self._dbias.numel() > 0],
-        )
-        if self._dweight.numel():
-            self._dweight += dweight
-        if self._dbias.numel():
-            self._dbias += dbias
-        return dx
-
-    def parameter_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dweight, dbias) in their parameters' dtypes, empty where not wanted."""
-        sums = ((self._dweight, self._weight), (self._dbias, self._bias))
-        dweight, dbias = (
-            total.to(parameter.dtype if parameter is not None and total.numel() else torch.float32)
-            for total, parameter in sums
-        )
-        return dweight, dbias
+def _native_parameters(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Parameters in fp32 (fp64 beside fp64 x); native_layer_norm then returns such statistics."""
+    wide = _wide_dtype(x)
+    native_weight = torch.ones(x.shape[-1], dtype=wide) if weight is None else weight.to(wide)
+    return native_weight, None if bias is None else bias.to(wide)
 
 
 def norm_backward(
@@ -224,14 +169,109 @@ def norm_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backward = NormBackward(x, weight, bias, mean, rstd, rms, need_dweight, need_dbias)
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    dnormed_rows = as_matrix(dnormed)
-    for start, stop in row_chunks(x):
-        block = backward.dx(dnormed_rows[start:stop], start, stop)
-        if need_dx:
-            as_matrix(dx)[start:stop] = block
-    return dx, *backward.parameter_gradients()
+    """(dx, dweight, dbias); what is not needed comes back empty."""
+    nothing = x.new_empty(0)
+    # In 16 bits PyTorch also adds up the parameters' gradients in 16 bits: off by a quarter after
+    # 2048 rows.
+    if not rms and x.dtype == rstd.dtype:
+        needs = [need_dx, need_dweight, need_dbias]
+        dx, dweight, dbias = _native_backward(dnormed, x, weight, bias, mean, rstd, needs)
+    else:
+        dweight, dbias = _parameter_gradients(dnormed, x, mean, rstd, need_dweight, need_dbias)
+        if not need_dx:
+            dx = nothing
+        elif rms:
+            dx = _rms_dx(dnormed, x, weight, rstd)
+        else:
+            needs = [True, False, False]
+            dx, _, _ = _native_backward(dnormed, x, weight, bias, mean, rstd, needs)
+    return (
+        dx if need_dx else nothing,
+        _to_parameter(dweight, weight, need_dweight),
+        _to_parameter(dbias, bias, need_dbias),
+    )
+
+
+def _native_backward(
+    dnormed: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm's (dx, dweight, dbias) where `needs` says so."""
+    native_weight, native_bias = _native_parameters(weight, bias, x)
+    return torch.ops.aten.native_layer_norm_backward(
+        dnormed.to(x.dtype).contiguous(),
+        x.contiguous(),
+        x.shape[-1:],
+        mean,
+        rstd,
+        native_weight,
+        native_bias,
+        needs,
+    )
+
+
+def _rms_dx(
+    dnormed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
+) -> torch.Tensor:
+    """rstd * (g - xhat * mean(g * xhat)) with g = dnormed * weight."""
+    dx = x.new_empty(x.shape)
+    rows, dnormed_rows, dx_rows = _WideRows(x), _WideRows(dnormed), _as_matrix(dx)
+    scaled, scratch = (_Scratch(rows.rows, rows.dtype) for _ in range(2))
+    rstd = rstd.view(-1, 1)
+    for block in rows.blocks():
+        wide_x, gradient = rows[block], dnormed_rows[block]
+        if weight is not None:
+            gradient = torch.mul(gradient, weight.to(rows.dtype), out=scaled.of(block))
+        product = torch.mul(gradient, wide_x, out=scratch.of(block))
+        correction = product.sum(-1, keepdim=True).mul_(rstd[block].square()).div_(x.shape[-1])
+        torch.mul(wide_x, correction, out=product)
+        torch.sub(gradient, product, out=product)
+        torch.mul(product, rstd[block], out=dx_rows[block])
+    return dx
+
+
+def _parameter_gradients(
+    dnormed: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dweight, dbias) of a norm in fp32 or fp64; an empty mean is RMSNorm's.
+
+    Sums over rows are matrix products, which are faster, with what each row is scaled by: dbias is
+    1 @ dnormed, and dweight is rstd @ (dnormed * x) - (rstd * mean) @ dnormed.
+    """
+    rows, dnormed_rows = _WideRows(x), _WideRows(dnormed)
+    rstd = rstd.view(1, -1)
+    shift = torch.zeros_like(rstd) if mean.numel() == 0 else -rstd * mean.view(1, -1)
+    scales = torch.cat([shift, torch.ones_like(rstd)])
+    scaled = x.new_zeros((2, x.shape[-1]), dtype=rows.dtype)
+    dweight = scaled.new_zeros((1, x.shape[-1]))
+    # Over the converted rows, where there are such: less memory stays longer in cache.
+    products = rows.scratch or _Scratch(rows.rows, rows.dtype)
+    for block in rows.blocks() if need_dweight or need_dbias else ():
+        gradient = dnormed_rows[block]
+        torch.addmm(scaled, scales[:, block], gradient, out=scaled)
+        if need_dweight:
+            product = torch.mul(gradient, rows[block], out=products.of(block))
+            torch.addmm(dweight, rstd[:, block], product, out=dweight)
+    return dweight[0] + scaled[0], scaled[1]
+
+
+def _to_parameter(
+    total: torch.Tensor, parameter: torch.Tensor | None, needed: bool
+) -> torch.Tensor:
+    """In the parameter's dtype; ops return an unwanted gradient as fp32 of no elements."""
+    if parameter is None or not needed:
+        return torch.empty(0)
+    return total.to(parameter.dtype)
 
 
 def gated_residual_norm_backward(
@@ -251,18 +291,12 @@ def gated_residual_norm_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dy, dgate, dweight, dbias), empty where not wanted."""
-    backward = NormBackward(residual, weight, bias, mean, rstd, rms, need_dweight, need_dbias)
-    gated = GatedResidualBackward(residual, y, gate, y_dtype, need_dy)
-    dx = residual.new_empty(residual.shape if need_dx else (0,))
-    dnormed_rows = as_matrix(dnormed)
-    dresidual_rows = None if dresidual is None else as_matrix(dresidual)
-    for start, stop in row_chunks(residual):
-        block = backward.dx(dnormed_rows[start:stop], start, stop)
-        if dresidual_rows is not None:
-            block += dresidual_rows[start:stop]
-        if need_dx:
-            as_matrix(dx)[start:stop] = block
-        gated.add(block, start, stop)
-    dy, dgate = gated.gradients()
-    return dx, dy, dgate, *backward.parameter_gradients()
+    """(dx, dy, dgate, dweight, dbias); dgate needs y. What is not needed comes back empty."""
+    need_sum = need_dx or need_dy or y is not None
+    dx, dweight, dbias = norm_backward(
+        dnormed, residual, weight, bias, mean, rstd, rms, need_sum, need_dweight, need_dbias
+    )
+    if need_sum and dresidual is not None:
+        dx += dresidual
+    dy, dgate = gated_residual_backward(dx, y, gate, y_dtype, need_dy)
+    return dx if need_dx else dx.new_empty(0), dy, dgate, dweight, dbias

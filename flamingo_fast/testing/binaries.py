@@ -5,6 +5,7 @@ assembly text that Triton keeps.
 """
 
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -52,6 +53,7 @@ class Binary:
     instructions: int
 
 
+@functools.cache
 def nvidia_tools() -> tuple[str, str]:
     """Paths of cuobjdump and nvdisasm.
 
@@ -60,6 +62,7 @@ def nvidia_tools() -> tuple[str, str]:
     """
     from triton import knobs
 
+    # A path's getter starts the tool to ask for its version, hence the cache.
     try:
         return knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path
     except RuntimeError as error:

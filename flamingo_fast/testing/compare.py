@@ -1,4 +1,4 @@
-"""The three-way rule: ours and same-precision eager PyTorch, both measured against an fp64 oracle."""
+"""The three-way rule: ours and same-precision eager PyTorch, both against an fp64 oracle."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ class Comparison:
 
 
 def _drift_ulp(ours: torch.Tensor, oracle: torch.Tensor, dtype: torch.dtype) -> float:
-    """Mean signed error along the oracle's sign, in ulps clipped to 2; 0 if too few elements say."""
+    """Mean error away from zero, in ulps clipped to 2; 0 if too few elements can tell."""
     countable = oracle.abs() > torch.finfo(dtype).tiny
     if dtype in (torch.float32, torch.float64) or countable.sum() < _ENOUGH_FOR_DRIFT:
         return 0.0
@@ -102,7 +102,7 @@ def assert_close_to_oracle(
         scales: of tensors whose rounding band does not follow from their size; see `compare`.
 
     Raises:
-        AssertionError: names every tensor that fails, with its maximal and RMS error and the limits.
+        AssertionError: names every tensor that fails, with its errors and limits.
     """
     if not ours.keys() == eager.keys() == oracle.keys():
         raise AssertionError(
