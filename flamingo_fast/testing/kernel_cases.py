@@ -90,6 +90,12 @@ def _norm_cases() -> Iterator[KernelCase]:
             )
     x = _meta(ROWS, 2048, dtype=torch.float16)
     yield from _gated_norm("layer/fp16/2048", x, _meta(1), _meta(2048), _meta(2048))
+    x = _meta(ROWS, 2048, dtype=torch.bfloat16)
+    yield from _norm("layer/bf16/2048", x, _meta(2048), _meta(2048))
+    # As in a model converted to bf16, parameters and all.
+    parameter = _meta(2048, dtype=torch.bfloat16)
+    gate = _meta(1, dtype=torch.bfloat16)
+    yield from _gated_norm("rms/bf16_parameters/2048", x, gate, parameter, None)
     odd = _meta(ROWS, 1001, dtype=torch.bfloat16)
     yield from _gated_norm("layer_vector_gate/bf16/1001", odd, *[_meta(1001)] * 3)
     one = _meta(ROWS, 1, dtype=torch.bfloat16)
