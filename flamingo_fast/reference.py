@@ -1,7 +1,7 @@
 """What each op means, in plain PyTorch: the oracles of the tests and impl="reference".
 
-Every function computes in fp32 (fp64 for fp64 inputs) and rounds once an output. Nothing here
-imports Triton.
+Every function computes in fp32 (fp64 for fp64 inputs), rounds once an output and returns contiguous
+tensors. Nothing here imports Triton.
 """
 
 import torch
@@ -13,14 +13,14 @@ def _upcast(tensor: torch.Tensor) -> torch.Tensor:
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """relu(x)**2, of x's dtype: the activation of the paper's feed-forwards (appendix A.1.4)."""
-    return torch.relu(_upcast(x)).square().to(x.dtype)
+    return torch.relu(_upcast(x)).square().to(x.dtype).contiguous()
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + tanh(gate) * y (Flamingo, figure 4); x's shape and dtype."""
     # Autograd's 1 - tanh**2 cancels for large gates: at 10 nothing of it is left in fp32.
     tanh_gate = torch.tanh(gate.double()).to(_upcast(x).dtype)
-    return (_upcast(x) + tanh_gate * _upcast(y)).to(x.dtype)
+    return (_upcast(x) + tanh_gate * _upcast(y)).to(x.dtype).contiguous()
 
 
 def layer_norm(
@@ -34,7 +34,7 @@ def layer_norm(
     wide = _upcast(x)
     wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _affine(wide, weight, bias).to(out_dtype or x.dtype)
+    return _affine(wide, weight, bias).to(out_dtype or x.dtype).contiguous()
 
 
 def rms_norm(
@@ -47,7 +47,7 @@ def rms_norm(
     """x / sqrt(mean(x**2) + eps) * weight + bias over the last dimension."""
     wide = _upcast(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _affine(wide, weight, bias).to(out_dtype or x.dtype)
+    return _affine(wide, weight, bias).to(out_dtype or x.dtype).contiguous()
 
 
 def _affine(

@@ -153,6 +153,7 @@ def _gated_residual_bwd_kernel(
 
 
 def gated_residual_fwd(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    gate = gate.contiguous()
     vector_gate = gate.numel() > 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiling = _tile(vector_gate, x, y)
@@ -191,6 +192,7 @@ def gated_residual_bwd(
     need_dy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dy, dgate); dgate needs y. What is not needed comes back empty and costs nothing."""
+    gate = gate.contiguous()
     vector_gate = gate.numel() > 1
     need_dgate = y is not None
     dy = torch.empty(dout.shape if need_dy else (0,), dtype=y_dtype, device=dout.device)

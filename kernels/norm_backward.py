@@ -21,7 +21,7 @@ from flamingo_fast.kernels.norm_config import (
     load_parameter,
 )
 from flamingo_fast.kernels.partials import Partials
-from flamingo_fast.kernels.rows import RowTensor, as_rows, row_offsets
+from flamingo_fast.kernels.rows import RowTensor, as_rows, contiguous, row_offsets
 from flamingo_fast.kernels.tanh import tanh
 
 
@@ -336,7 +336,7 @@ def _backward(
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     view = _backward_rows(saved, dresidual, dnormed)
-    x, gate = saved.x, saved.gate
+    x, gate, weight = saved.x, contiguous(saved.gate), contiguous(saved.weight)
     target = target_of(x)
     wanted = {
         "weight": saved.weight if need_dweight else None,
@@ -365,7 +365,7 @@ def _backward(
             view.x.tensor,
             view.y.tensor,
             x if gate is None else gate,
-            x if saved.weight is None else saved.weight,
+            x if weight is None else weight,
             saved.mean,
             saved.rstd,
             dx,
@@ -385,7 +385,7 @@ def _backward(
             view.y.stride_outer,
             view.y.stride_inner,
             RMS=saved.rms,
-            HAS_WEIGHT=saved.weight is not None,
+            HAS_WEIGHT=weight is not None,
             HAS_DRESIDUAL=dresidual is not None,
             VECTOR_GATE=vector_gate,
             NEED_DX=need_dx,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from flamingo_fast.kernels.launch import launch, target_of
 from flamingo_fast.kernels.norm_config import MAX_REGISTERS, NormConfig, load_gate, load_parameter
-from flamingo_fast.kernels.rows import as_rows, row_offsets
+from flamingo_fast.kernels.rows import as_rows, contiguous, row_offsets
 from flamingo_fast.kernels.tanh import tanh
 
 
@@ -128,6 +128,7 @@ def _forward(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     gated = y is not None
+    gate, weight, bias = (contiguous(parameter) for parameter in (gate, weight, bias))
     rows, width, inner, views = as_rows(x, y) if gated else as_rows(x)
     x_view, y_view = views[0], views[-1]
     residual = torch.empty(x.shape if gated else (0,), dtype=x.dtype, device=x.device)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from flamingo_fast.kernels.launch import launch
+from flamingo_fast.kernels.rows import contiguous
 from flamingo_fast.kernels.tanh import tanh_grad
 
 
@@ -123,10 +124,10 @@ class Partials:
         """(dweight, dbias, dgate) in their parameters' dtypes; empty where not wanted."""
         # One empty tensor for all would make outputs of an op alias each other.
         dweight, dbias, dgate = (
-            self.rows.new_empty(0) if parameter is None else torch.empty_like(parameter)
+            self.rows.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
             for parameter in self._parameters
         )
-        gate = self._parameters[2]
+        gate = contiguous(self._parameters[2])
         programs, _, width = self.rows.shape
         config = config_for(width)
         launch(

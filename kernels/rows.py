@@ -63,6 +63,11 @@ def as_rows(*tensors: torch.Tensor) -> tuple[int, int, int, list[RowTensor]]:
     return rows, width, inner, views
 
 
+def contiguous(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """Kernels read parameters without strides, and a gate may be a column of something."""
+    return None if parameter is None else parameter.contiguous()
+
+
 def _level_strides(levels: Sequence[tuple[int, int]], inner: int) -> tuple[int, int]:
     if len(levels) == 2:
         return levels[0][1], levels[1][1]

@@ -78,6 +78,7 @@ class Case:
     x_layout: str = "contiguous"
     y_layout: str = "contiguous"
     dout_layout: str = "contiguous"
+    parameter_layout: str = "contiguous"
     frozen: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -102,9 +103,9 @@ class Case:
         shapes = {
             "x": (self.shape, self.dtype, self.x_layout),
             "y": (self.shape, self.y_dtype or self.dtype, self.y_layout),
-            "gate": ((width if self.vector_gate else 1,), parameter_dtype, "contiguous"),
-            "weight": ((width,), parameter_dtype, "contiguous"),
-            "bias": ((width,), parameter_dtype, "contiguous"),
+            "gate": ((width if self.vector_gate else 1,), parameter_dtype, self.parameter_layout),
+            "weight": ((width,), parameter_dtype, self.parameter_layout),
+            "bias": ((width,), parameter_dtype, self.parameter_layout),
         }
         inputs: dict[str, torch.Tensor | None] = {}
         for seed, name in enumerate(op.inputs):

@@ -30,6 +30,13 @@ def test_norms_replace_those_of_torch(ours, theirs, impl, guarded):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rms_norm_has_the_default_eps_of_torch(dtype):
+    x = (torch.randn(5, 48) * 1e-4).to(dtype)
+    ours, theirs = RMSNorm(48, dtype=dtype)(x), nn.RMSNorm(48, dtype=dtype)(x)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_norms_take_the_last_dimension_only():
     for norm in (LayerNorm, RMSNorm):
         with pytest.raises(ValueError, match=r"dim.*\(4, 8\)"):

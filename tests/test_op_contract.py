@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import flamingo_fast as ff
+from flamingo_fast.kernels.launch import Target, recording
 from flamingo_fast.testing.compare import outputs_and_gradients
 from flamingo_fast.testing.guard import guard
 
@@ -139,13 +140,18 @@ def test_torch_implementation_takes_fp64(op):
 @every_impl
 @every_op
 def test_autocast(op, impl):
-    """Inside autocast the residual keeps its dtype and normed has autocast's."""
+    """Inside autocast the residual keeps its dtype, normed has autocast's, and values stay."""
     case = Case((6, 48), y_dtype=torch.bfloat16)
+    plain = _run(op, case, impl)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = _run(op, case, impl)
-    for name in op.outputs:
-        assert outputs[name].dtype == (torch.bfloat16 if name == "normed" else torch.float32)
-    assert all(outputs[f"d{name}"].isfinite().all() for name in op.inputs)
+    for name, expected in plain.items():
+        if name == "normed":
+            assert outputs[name].dtype == torch.bfloat16
+        else:
+            assert outputs[name].dtype == expected.dtype
+        # The gradient of normed arrives rounded to bf16.
+        torch.testing.assert_close(outputs[name].float(), expected.float(), rtol=1e-2, atol=3e-2)
 
 
 @every_impl
@@ -269,9 +275,8 @@ def test_use_impl_chooses_for_auto_only(guarded):
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_slices_of_a_fused_projection_are_not_copied(norm, guarded):
     """q/k-norms: a (batch, seqlen, heads, head_dim) slice is read where it lies."""
-    qkv = torch.randn(2, 5, 3, 4, 64)
-    q = qkv[:, :, 0]
-    OPS[norm].ours(q, torch.ones(64), None, impl="triton")
-    (launch,) = guarded.launches
-    assert launch.bytes_loaded <= q.numel() * 4 + 4 * 64 * 8
+    q = torch.randn(2, 5, 3, 4, 64)[:, :, 1]
+    with recording(Target("sm_90", num_sms=132)) as launches:
+        OPS[norm].ours(q, torch.ones(64), None, impl="triton")
+    assert launches[0].args[0].data_ptr() == q.data_ptr()
     check(OPS[norm], Case((2, 5, 4, 64), x_layout="sliced"), "triton")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flamingo_fast as ff
+from flamingo_fast.modules import GatedResidualNorm, LayerNorm, RMSNorm
 
 X = torch.randn(4, 8)
 GATE, WEIGHT = torch.zeros(1), torch.ones(8)
@@ -34,6 +35,10 @@ def _gated(x=X, y=X, gate=GATE, weight=WEIGHT, bias=None, eps=1e-5, **kwargs):
         (lambda: _gated(weight=WEIGHT.long()), TypeError, ["weight", "int64"]),
         (lambda: _gated(eps=0.0), ValueError, ["eps", "> 0", "0.0"]),
         (lambda: _gated(eps=float("nan")), ValueError, ["eps", "> 0", "nan"]),
+        (lambda: _gated(eps=None), TypeError, ["eps", "number", "None"]),
+        (lambda: GatedResidualNorm(8, norm="batch"), ValueError, ["norm", "rms", "batch"]),
+        (lambda: LayerNorm(8, impl="fast"), ValueError, ["impl", "triton", "fast"]),
+        (lambda: RMSNorm(8)(None), TypeError, ["x", "tensor", "NoneType"]),
         (lambda: _gated(norm="batch"), ValueError, ["norm", "layer", "rms", "batch"]),
         (lambda: _gated(impl="cuda"), ValueError, ["impl", "triton", "cuda"]),
         (lambda: ff.layer_norm(X[:, :0], None, None, eps=1e-5), ValueError, ["x", "(4, 0)"]),

@@ -43,6 +43,16 @@ def test_kernel_functions_at_the_ends(guarded):
     assert (grad[[1, 2, 4, 5]] < 1e-30).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_a_small_fp32_gate_does_not_vanish_beside_16_bits(impl, dtype, guarded):
+    """1e-9 is 0 in fp16; times 1000 it is not."""
+    x, y = torch.zeros(4, 8, dtype=dtype), torch.full((4, 8), 1000.0, dtype=dtype)
+    for gate in (torch.full((1,), 1e-9), torch.full((8,), 1e-9)):
+        out = ff.gated_residual(x, y, gate, impl=impl)
+        torch.testing.assert_close(out, torch.full_like(out, 1e-6), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
 def test_gated_residual_keeps_relative_accuracy(impl, guarded):
     """x = 0 and y = 1 make output and dy tanh(gate), and dgate its slope."""

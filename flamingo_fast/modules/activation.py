@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.squared_relu import squared_relu
 
 
@@ -11,7 +12,7 @@ class SquaredReLU(nn.Module):
 
     def __init__(self, *, impl: str = "auto") -> None:
         super().__init__()
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return squared_relu(x, impl=self.impl)

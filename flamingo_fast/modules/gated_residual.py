@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.gated_residual import gated_residual
-from flamingo_fast.ops.norm import gated_residual_norm
+from flamingo_fast.ops.norm import check_norm_name, gated_residual_norm
 
 
 class GatedResidual(nn.Module):
@@ -19,7 +20,7 @@ class GatedResidual(nn.Module):
     def __init__(self, dim: int | None = None, *, impl: str = "auto") -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(1 if dim is None else dim))
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """(..., width), (..., width) -> (..., width) of x's dtype."""
@@ -53,9 +54,9 @@ class GatedResidualNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         has_bias = norm == "layer" if bias is None else bias
         self.bias = nn.Parameter(torch.zeros(dim)) if has_bias else None
-        self.norm = norm
+        self.norm = check_norm_name(norm)
         self.eps = eps
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., dim), (..., dim) -> (residual, normed), as `flamingo_fast.gated_residual_norm`."""

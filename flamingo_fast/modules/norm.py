@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from flamingo_fast.ops.checks import check_floating
+from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.norm import layer_norm, rms_norm
 
 
@@ -16,7 +18,7 @@ class LayerNorm(nn.LayerNorm):
         self, dim: int, eps: float = 1e-5, *, impl: str = "auto", **kwargs: object
     ) -> None:
         super().__init__(_one_dim(dim), eps, **kwargs)  # type: ignore[arg-type]
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps, impl=self.impl)
@@ -26,17 +28,20 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last dimension, through `flamingo_fast.rms_norm`.
 
     (..., dim) -> (..., dim) of x's dtype; inside autocast, of autocast's dtype. eps=None is the
-    machine epsilon of x's dtype, as in torch.nn.RMSNorm.
+    machine epsilon of fp32 (fp64 for fp64 x), as in torch.nn.RMSNorm.
     """
 
     def __init__(
         self, dim: int, eps: float | None = None, *, impl: str = "auto", **kwargs: object
     ) -> None:
         super().__init__(_one_dim(dim), eps, **kwargs)  # type: ignore[arg-type]
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        check_floating("x", x)
+        # Not x's own dtype: torch.nn.RMSNorm too takes the epsilon of what it computes in.
+        default = torch.float64 if x.dtype == torch.float64 else torch.float32
+        eps = torch.finfo(default).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, eps=eps, impl=self.impl)
 
 

@@ -1,5 +1,6 @@
 """Argument checks of the public functions. They look at metadata only: never a device sync."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,8 +44,10 @@ def check_parameter(
 
 
 def check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number > 0, got {eps!r}")
+    if not isinstance(eps, float | int):
+        raise TypeError(f"eps: expected a number > 0, got {eps!r}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a finite number > 0, got {eps!r}")
 
 
 def _check_device(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:

@@ -1,23 +1,26 @@
 """The `torch` implementations: eager PyTorch on a CPU, in few calls that allocate little.
 
 New memory costs more than arithmetic here: the kernel clears each page of a large temporary. So
-what needs temporaries walks blocks of rows and reuses their buffers, which stay in cache. Sums over
-rows are kept in fp32 (fp64 for fp64 inputs).
+what needs temporaries walks blocks of rows and reuses their buffers. Smaller blocks would stay in
+the second-level cache and gain up to a tenth on an idle machine, but threads meet after every call,
+and beside another busy process each meeting can cost milliseconds.
+
+Sums over rows are kept in fp32 (fp64 for fp64 inputs).
 """
 
 from collections.abc import Iterator
 
 import torch
 
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _block_length(rows: torch.Tensor) -> int:
@@ -36,15 +39,14 @@ class _Scratch:
 
 
 class _WideRows:
-    """The rows of a tensor in fp32 (fp64 if it is), converted block by block where they are not.
+    """The rows of a tensor as `dtype`, converted block by block where they are not.
 
     A block of converted rows is valid until the next one is taken.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         self.rows = _as_matrix(tensor)
-        self.dtype = _wide_dtype(tensor)
-        self.scratch = None if tensor.dtype == self.dtype else _Scratch(self.rows, self.dtype)
+        self.scratch = None if tensor.dtype == dtype else _Scratch(self.rows, dtype)
 
     def __getitem__(self, block: slice) -> torch.Tensor:
         rows = self.rows[block]
@@ -67,11 +69,16 @@ def squared_relu_backward(x: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    tanh_gate = gate.to(_wide_dtype(gate)).tanh()
-    if x.dtype == y.dtype:
+    tanh_gate = gate.double().tanh()
+    if x.dtype == y.dtype and gate.numel() == 1:
+        # As `value` the factor is not rounded to a 16-bit dtype.
+        out = torch.addcmul(x, y, x.new_ones(1), value=tanh_gate.item())
+    elif x.dtype == y.dtype and x.dtype != torch.float16:
+        # Rounding the factor to bf16 is what a bf16 model does; in fp16 a new gate would vanish.
         out = torch.addcmul(x, y, tanh_gate.to(x.dtype))
     else:
-        out = (x + y * tanh_gate).to(x.dtype)
+        wide = _wide_dtype(x.dtype, y.dtype)
+        out = torch.addcmul(x.to(wide), y.to(wide), tanh_gate.to(wide)).to(x.dtype)
     return out.contiguous()
 
 
@@ -83,33 +90,33 @@ def gated_residual_backward(
     need_dy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dy, dgate); dgate needs y. What is not needed comes back empty."""
+    wide = _wide_dtype(dout.dtype, y_dtype)
     wide_gate = gate.double()
+    tanh_gate = wide_gate.tanh()
+    is_scalar = gate.numel() == 1
     dy = dout.new_empty(dout.shape if need_dy else (0,), dtype=y_dtype)
-    if need_dy:
-        tanh_gate = wide_gate.tanh()
-        # A Python number multiplies in fp32 without promoting bf16; an fp32 vector would be slow.
-        factor = tanh_gate.item() if gate.numel() == 1 else tanh_gate.to(dout.dtype)
-        torch.mul(dout, factor, out=dy)
+    dy_in_blocks = need_dy and not (is_scalar and dout.dtype == y_dtype)
+    if need_dy and not dy_in_blocks:
+        # A Python number multiplies in fp32 without promoting bf16.
+        torch.mul(dout, tanh_gate.item(), out=dy)
+    total = dout.new_zeros(gate.shape, dtype=wide)
+    if dy_in_blocks or y is not None:
+        factor = tanh_gate.to(wide)
+        dout_rows = _WideRows(dout, wide)
+        y_rows = None if y is None else _WideRows(y, wide)
+        products = (y_rows and y_rows.scratch) or _Scratch(dout_rows.rows, wide)
+        for block in dout_rows.blocks():
+            wide_dout = dout_rows[block]
+            if dy_in_blocks:
+                torch.mul(wide_dout, factor, out=_as_matrix(dy)[block])
+            if y_rows is not None:
+                product = torch.mul(wide_dout, y_rows[block], out=products.of(block))
+                # Not torch.dot, which adds up long vectors one after the other.
+                total += product.sum() if is_scalar else product.sum(0)
     if y is None:
         return dy, gate.new_empty(0, dtype=torch.float32)
-    total = _sum_of_products(dout, y, over_columns=gate.numel() == 1)
     # Not 1 - tanh**2, which cancels for large gates.
     return dy, (total * wide_gate.cosh().pow(-2)).to(gate.dtype)
-
-
-def _sum_of_products(dout: torch.Tensor, y: torch.Tensor, over_columns: bool) -> torch.Tensor:
-    """dout * y summed over rows, (width,), or over everything, (1,); fp32 or fp64."""
-    dout_rows, y_rows = _WideRows(dout), _WideRows(y)
-    total = dout.new_zeros(1 if over_columns else dout.shape[-1], dtype=dout_rows.dtype)
-    products = _Scratch(dout_rows.rows, torch.promote_types(dout.dtype, y.dtype))
-    for block in dout_rows.blocks():
-        if over_columns:
-            total += torch.dot(dout_rows[block].flatten(), y_rows[block].flatten())
-        else:
-            # Products of 16-bit numbers in 16 bits, as eager's: converting both costs more.
-            rows = dout_rows.rows[block], y_rows.rows[block]
-            total += torch.mul(*rows, out=products.of(block)).sum(0)
-    return total
 
 
 def norm(
@@ -122,7 +129,7 @@ def norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(normed, mean, rstd); mean is empty for RMSNorm."""
     x = x.contiguous()
-    wide = _wide_dtype(x)
+    wide = _wide_dtype(x.dtype)
     if not rms:
         native_weight, native_bias = _native_parameters(weight, bias, x)
         normed, mean, rstd = torch.native_layer_norm(
@@ -131,7 +138,7 @@ def norm(
         return normed.to(out_dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
     normed = torch.empty(x.shape, dtype=out_dtype)
     rstd = torch.empty(x.shape[:-1], dtype=wide)
-    rows, normed_rows, rstd_rows = _WideRows(x), _as_matrix(normed), rstd.view(-1, 1)
+    rows, normed_rows, rstd_rows = _WideRows(x, wide), _as_matrix(normed), rstd.view(-1, 1)
     scratch = _Scratch(rows.rows, wide)
     for block in rows.blocks():
         wide_x, out = rows[block], normed_rows[block]
@@ -152,7 +159,7 @@ def _native_parameters(
     weight: torch.Tensor | None, bias: torch.Tensor | None, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Parameters in fp32 (fp64 beside fp64 x); native_layer_norm then returns such statistics."""
-    wide = _wide_dtype(x)
+    wide = _wide_dtype(x.dtype)
     native_weight = torch.ones(x.shape[-1], dtype=wide) if weight is None else weight.to(wide)
     return native_weight, None if bias is None else bias.to(wide)
 
@@ -220,13 +227,14 @@ def _rms_dx(
 ) -> torch.Tensor:
     """rstd * (g - xhat * mean(g * xhat)) with g = dnormed * weight."""
     dx = x.new_empty(x.shape)
-    rows, dnormed_rows, dx_rows = _WideRows(x), _WideRows(dnormed), _as_matrix(dx)
-    scaled, scratch = (_Scratch(rows.rows, rows.dtype) for _ in range(2))
+    wide = rstd.dtype
+    rows, dnormed_rows, dx_rows = _WideRows(x, wide), _WideRows(dnormed, wide), _as_matrix(dx)
+    scaled, scratch = (_Scratch(rows.rows, wide) for _ in range(2))
     rstd = rstd.view(-1, 1)
     for block in rows.blocks():
         wide_x, gradient = rows[block], dnormed_rows[block]
         if weight is not None:
-            gradient = torch.mul(gradient, weight.to(rows.dtype), out=scaled.of(block))
+            gradient = torch.mul(gradient, weight.to(wide), out=scaled.of(block))
         product = torch.mul(gradient, wide_x, out=scratch.of(block))
         correction = product.sum(-1, keepdim=True).mul_(rstd[block].square()).div_(x.shape[-1])
         torch.mul(wide_x, correction, out=product)
@@ -248,14 +256,15 @@ def _parameter_gradients(
     Sums over rows are matrix products, which are faster, with what each row is scaled by: dbias is
     1 @ dnormed, and dweight is rstd @ (dnormed * x) - (rstd * mean) @ dnormed.
     """
-    rows, dnormed_rows = _WideRows(x), _WideRows(dnormed)
+    wide = rstd.dtype
+    rows, dnormed_rows = _WideRows(x, wide), _WideRows(dnormed, wide)
     rstd = rstd.view(1, -1)
     shift = torch.zeros_like(rstd) if mean.numel() == 0 else -rstd * mean.view(1, -1)
     scales = torch.cat([shift, torch.ones_like(rstd)])
-    scaled = x.new_zeros((2, x.shape[-1]), dtype=rows.dtype)
+    scaled = x.new_zeros((2, x.shape[-1]), dtype=wide)
     dweight = scaled.new_zeros((1, x.shape[-1]))
     # Over the converted rows, where there are such: less memory stays longer in cache.
-    products = rows.scratch or _Scratch(rows.rows, rows.dtype)
+    products = rows.scratch or _Scratch(rows.rows, wide)
     for block in rows.blocks() if need_dweight or need_dbias else ():
         gradient = dnormed_rows[block]
         torch.addmm(scaled, scales[:, block], gradient, out=scaled)

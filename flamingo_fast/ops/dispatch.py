@@ -23,11 +23,13 @@ class BackendUnavailableError(RuntimeError):
 def use_impl(impl: str) -> Iterator[None]:
     """Makes `impl` what ops called with impl="auto" use inside the block.
 
+    Activation checkpointing calls the ops again in the backward, which then belongs in the block.
+
     Raises:
         ValueError: `impl` is not one of "auto", "triton", "torch", "reference".
     """
     global _default_impl
-    _check_name(impl)
+    check_impl(impl)
     previous, _default_impl = _default_impl, impl
     try:
         yield
@@ -35,9 +37,10 @@ def use_impl(impl: str) -> Iterator[None]:
         _default_impl = previous
 
 
-def _check_name(impl: str) -> None:
+def check_impl(impl: str) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}; got {impl!r}")
+    return impl
 
 
 def why_not_triton(device: torch.device) -> str | None:
@@ -61,7 +64,7 @@ def resolve_impl(impl: str, x: torch.Tensor, not_in_triton: str | None = None) -
     Arguments:
         not_in_triton: why the op's kernels can't take these arguments; "auto" then avoids them.
     """
-    _check_name(impl)
+    check_impl(impl)
     if impl == "auto":
         impl = _default_impl
     if x.dtype == torch.float64:

@@ -354,6 +354,12 @@ def _is_best_in_torch(x: torch.Tensor, weight: _Optional, bias: _Optional) -> bo
     return same and x.dtype.itemsize >= 4 and _normed_dtype(x) == x.dtype
 
 
+def check_norm_name(norm: str) -> str:
+    if norm not in ("layer", "rms"):
+        raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
+    return norm
+
+
 def _check_norm(x: torch.Tensor, weight: _Optional, bias: _Optional, eps: float, impl: str) -> str:
     """Checks the arguments that all norms share; returns the implementation to run."""
     check_rows("x", x)
@@ -447,8 +453,7 @@ def gated_residual_norm(
         TypeError, ValueError: a wrong argument, by name.
         BackendUnavailableError: `impl` can't run here.
     """
-    if norm not in ("layer", "rms"):
-        raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
+    check_norm_name(norm)
     impl = _check_norm(x, weight, bias, eps, impl)
     check_like("y", y, x)
     check_parameter("gate", gate, x, [(1,), (x.shape[-1],)])

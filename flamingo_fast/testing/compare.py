@@ -8,7 +8,7 @@ import torch
 # Mean error towards or away from zero, in units in the last place, that rounding to nearest never
 # reaches on many elements; truncation has -0.5.
 _MAX_DRIFT_ULP = 0.2
-_ENOUGH_FOR_DRIFT = 1024
+_ENOUGH_FOR_DRIFT = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ def compare(
     dtype times `scale`, by default the largest (for RMS: the RMS) value of the oracle. A single
     sum whose terms cancel needs a scale of its own: eager may be right by luck.
     """
+    if eager.dtype != ours.dtype:
+        raise AssertionError(f"{name}: ours is {ours.dtype}, eager {eager.dtype}")
     for other, tensor in (("eager", eager), ("oracle", oracle)):
         if tensor.shape != ours.shape:
             raise AssertionError(

@@ -2,7 +2,7 @@
 
 import torch
 
-LAYOUTS = ("contiguous", "sliced", "padded", "transposed")
+LAYOUTS = ("contiguous", "sliced", "padded", "transposed", "stepped", "expanded")
 
 
 def random_tensor(
@@ -13,12 +13,14 @@ def random_tensor(
     layout: str = "contiguous",
     requires_grad: bool = False,
 ) -> torch.Tensor:
-    """Standard normal values; the same seed and shape give the same values in every layout.
+    """Standard normal values; the same seed and shape give the same values in every
+    layout but "expanded".
 
     Arguments:
         layout: "contiguous"; "sliced" out of a fused projection (one more dimension before the
-            last two, as q of a (..., 3, heads, head_dim) tensor); "padded" rows; or "transposed",
-            last dimension not contiguous.
+            last two, as q of a (..., 3, heads, head_dim) tensor); "padded" rows; "transposed", last
+            dimension not contiguous; "stepped", every other element of the last dimension; or
+            "expanded", one value (per row) all along it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
@@ -32,4 +34,8 @@ def random_tensor(
         values = wide[..., 3 : 3 + shape[-1]]
     elif layout == "transposed" and len(shape) > 1:
         values = values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == "stepped":
+        values = torch.stack([values, torch.full_like(values, 1e4)], dim=-1)[..., 0]
+    elif layout == "expanded":
+        values = values[..., :1].expand(shape)
     return values.requires_grad_(requires_grad)
