@@ -49,6 +49,13 @@ def _liger(function: str, compute: Callable[..., Any]) -> Provider:
     return Provider("liger", build)
 
 
+def _norm_work(
+    formula: Callable[..., work.Work], shape: Shape, itemsize: int, mode: str, *, rms: bool
+) -> work.Work:
+    column_pass = shape[-1] > work.WIDEST_ONE_PASS
+    return formula(shape, itemsize, mode, rms=rms, column_pass=column_pass)
+
+
 # Liger's norms by default write dx over the incoming gradient, which here is used again.
 def _liger_rms_norm(liger, x, weight):  # type: ignore[no-untyped-def]
     return liger(x, weight, EPS, in_place=False)
@@ -90,7 +97,7 @@ BENCHMARKS = {
             make_inputs=functools.partial(_inputs, "x y gate weight bias"),
             eager=functools.partial(eager.gated_residual_norm, eps=EPS, norm="layer"),
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="layer"),
-            work=work.gated_residual_norm,
+            work=functools.partial(_norm_work, work.gated_residual_norm, rms=False),
             eager_work=work.gated_residual_norm_eager,
             others=(_liger("liger_layer_norm", _liger_gated_residual_layer_norm),),
         ),
@@ -100,7 +107,7 @@ BENCHMARKS = {
             make_inputs=functools.partial(_inputs, "x y gate weight"),
             eager=functools.partial(eager.gated_residual_norm, bias=None, eps=EPS, norm="rms"),
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="rms"),
-            work=functools.partial(work.gated_residual_norm, rms=True),
+            work=functools.partial(_norm_work, work.gated_residual_norm, rms=True),
             eager_work=functools.partial(work.gated_residual_norm_eager, rms=True),
             others=(_liger("liger_fused_add_rms_norm", _liger_gated_residual_rms_norm),),
         ),
@@ -110,7 +117,7 @@ BENCHMARKS = {
             make_inputs=functools.partial(_inputs, "x weight bias"),
             eager=functools.partial(eager.layer_norm, eps=EPS),
             ours=functools.partial(flamingo_fast.layer_norm, eps=EPS),
-            work=work.norm,
+            work=functools.partial(_norm_work, work.norm, rms=False),
             eager_work=work.norm,
             others=(_liger("liger_layer_norm", lambda liger, *inputs: liger(*inputs, EPS)),),
         ),
@@ -120,7 +127,7 @@ BENCHMARKS = {
             make_inputs=functools.partial(_inputs, "x weight"),
             eager=functools.partial(eager.rms_norm, bias=None, eps=EPS),
             ours=functools.partial(flamingo_fast.rms_norm, eps=EPS),
-            work=functools.partial(work.norm, rms=True),
+            work=functools.partial(_norm_work, work.norm, rms=True),
             eager_work=functools.partial(work.norm, rms=True),
             others=(_liger("liger_rms_norm", _liger_rms_norm),),
         ),

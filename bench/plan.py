@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from flamingo_fast.bench import ops
@@ -9,6 +10,9 @@ from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_
 
 BENCHMARKS: Mapping[str, Benchmark] = ops.BENCHMARKS
 BASELINE = "eager"
+
+# PyTorch counts the bytes of a tensor in 63 bits.
+_MAX_NUMEL = 2**59
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +100,13 @@ def _shapes(benchmark: Benchmark, texts: Sequence[str], quick: bool) -> tuple[Sh
 def _parse_shape(text: str, benchmark: Benchmark) -> Shape:
     sizes = text.lower().split("x")
     if len(sizes) != len(benchmark.dims) or not all(
-        size.isdecimal() and int(size) > 0 for size in sizes
+        size.isascii() and size.isdecimal() and size.strip("0") for size in sizes
     ):
         raise ValueError(
             f"shape {text!r}: {benchmark.name} takes {'x'.join(benchmark.dims)}, "
             f"such as {shape_name(benchmark.shapes[0])}"
         )
+    # The length first: Python refuses to read numbers of thousands of digits.
+    if max(map(len, sizes)) > 18 or math.prod(map(int, sizes)) > _MAX_NUMEL:
+        raise ValueError(f"shape {text!r}: more than 2**59 elements, which no tensor can have")
     return tuple(int(size) for size in sizes)

@@ -22,18 +22,25 @@ DEFAULT_OUT = _ROOT / "bench" / "results" if IN_CHECKOUT else Path("bench_result
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What a number depends on beside the case. `commit` ends in "-dirty" for local changes."""
+    """What a number depends on beside the case.
+
+    cuda: the version that PyTorch was built for, or "none".
+    commit: ends in "-dirty" for local changes.
+    """
 
     device: str
     threads: int
+    python: str
     torch: str
+    cuda: str
     triton: str
     flamingo_fast: str
     commit: str
 
     def __str__(self) -> str:
         return (
-            f"{self.device}, {self.threads} threads, torch {self.torch}, triton {self.triton}, "
+            f"{self.device}, {self.threads} threads, Python {self.python}, torch {self.torch}, "
+            f"CUDA {self.cuda}, triton {self.triton}, "
             f"flamingo_fast {self.flamingo_fast} ({self.commit})"
         )
 
@@ -65,7 +72,9 @@ def environment(device: torch.device) -> Environment:
     return Environment(
         name,
         torch.get_num_threads(),
+        platform.python_version(),
         torch.__version__,
+        torch.version.cuda or "none",
         _version("triton"),
         flamingo_fast.__version__,
         _commit(),
@@ -116,7 +125,7 @@ def write_csv(path: Path, measurements: Iterable[Measurement], env: Environment)
     """Adds rows to the file at `path`, in place of those whose columns agree up to the values.
 
     Raises:
-        ValueError: the file there has other columns.
+        ValueError: the file there is not of this version, or no CSV.
     """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     rows = {_key(row): row for row in read_csv(path)}
@@ -130,7 +139,7 @@ def write_csv(path: Path, measurements: Iterable[Measurement], env: Environment)
         rows[_key(row)] = row
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows.values())
@@ -145,12 +154,20 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of the file at `path`; none if there is no file.
 
     Raises:
-        ValueError: it has other columns.
+        ValueError: it has other columns, a row has more or fewer, or it is no CSV.
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: its columns are not this version's; move it away")
-        return list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = [*csv.reader(file, strict=True)] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a CSV file ({error}); move it away") from error
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path}: its columns are not this version's; move it away")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(COLUMNS):
+            raise ValueError(
+                f"{path}: row {number} has {len(row)} fields, expected {len(COLUMNS)}; move it away"
+            )
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]

@@ -7,7 +7,10 @@ A new op is one `Benchmark` in a table such as `ops.BENCHMARKS`; a new competito
 import dataclasses
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +41,24 @@ class Provider:
     build: Callable[[torch.device], Callable[..., Any]]
 
 
+def _require_cpp() -> None:
+    """Raises Unavailable if torch.compile can't build its C++ for a CPU."""
+    # As Inductor chooses it; it takes all of $CXX for the name of one program.
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise Unavailable(
+            f"torch.compile needs a C++ compiler on a CPU, and {compiler!r} is no executable; "
+            "set CXX to one"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise Unavailable(f"torch.compile needs Python's headers on a CPU, and {header} is missing")
+
+
 def _compiled(eager: Callable[..., Any]) -> Provider:
     def build(device: torch.device) -> Callable[..., Any]:
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        if device.type == "cpu" and not compiler:
-            raise Unavailable("torch.compile needs a C++ compiler on a CPU, and none was found")
+        if device.type == "cpu":
+            _require_cpp()
         if device.type == "cuda" and not TRITON_INSTALLED:
             raise Unavailable("torch.compile needs Triton on a GPU")
         # Else the graphs of earlier shapes count towards Dynamo's recompile limit, and a

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -181,11 +182,15 @@ def prepare(out: Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a results.csv of another version is there.
+        ValueError: `out` can't be written to, or its results.csv is not one of this version.
     """
     import_pyplot()
-    out.mkdir(parents=True, exist_ok=True)
-    read_csv(out / CSV_NAME)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        read_csv(out / CSV_NAME)
+    except OSError as error:
+        raise ValueError(f"out: can't write to {out}: {error}") from error
 
 
 def write(results: Results, out: Path) -> list[Path]:

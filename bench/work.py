@@ -1,10 +1,11 @@
 """Bytes and floating-point operations of each op, in closed form.
 
-Useful work only: every input read once, every output written once, parameters once. Left out are
-what an implementation adds of its own accord (partial sums of parameter gradients, parameters
-that each program loads again) and what a cache may save. dx of a gated residual is its incoming
-gradient itself and moves nothing. `mode` is "fwd", "bwd" or "fwd_bwd"; `itemsize` is the bytes of
-an activation and of a parameter; statistics saved for the backward are fp32.
+Useful work only: every input read once, every output written once, parameters once; but where
+norms are too wide for a backward in one pass, it reads its inputs twice. Left out are what an
+implementation adds of its own accord (partial sums of parameter gradients, parameters that each
+program loads again) and what a cache may save. dx of a gated residual is its incoming gradient
+itself and moves nothing. `mode` is "fwd", "bwd" or "fwd_bwd"; `itemsize` is the bytes of an
+activation and of a parameter; statistics saved for the backward are fp32.
 
 `*_eager` is what the plain PyTorch composition moves on a GPU when each of its kernels reads its
 inputs and writes its outputs once. That favours eager: its norm backward really reads its inputs
@@ -16,6 +17,9 @@ import math
 from collections.abc import Sequence
 
 Shape = Sequence[int]
+
+# Columns up to which the kernels' norm backward reads its inputs once.
+WIDEST_ONE_PASS = 4096
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import it when they run, so that `--help` is quick and no command needs another'
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -78,13 +79,22 @@ def kernels(
         bool, typer.Option("--update", help="Write the numbers as goldens of this Triton version.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers to this file.")
+        Path | None,
+        typer.Option(
+            "--json", dir_okay=False, writable=True, help="Write the numbers to this file."
+        ),
     ] = None,
 ) -> None:
     """Compile the kernels for GPUs that need not be there and check what comes out.
 
     Exits with 1 if a kernel spills, needs too much shared memory or is worse than its golden.
     """
+    if json_file is not None and not json_file.exists():
+        try:
+            tempfile.TemporaryFile(dir=json_file.parent).close()
+        except OSError as error:
+            raise typer.BadParameter(f"json: can't write {json_file}: {error}") from error
+
     from rich.progress import track
 
     from flamingo_fast.testing.aot import TARGETS, Compiler

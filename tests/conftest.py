@@ -3,8 +3,7 @@
 import collections
 import importlib.util
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 # Triton decides at import whether kernels are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -15,6 +14,7 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# How the reason starts of a test that skips for want of an optional apt package.
 _NEEDS_APT = "needs apt package"
 
 
@@ -37,19 +37,6 @@ def guarded() -> Iterator:
 
     with guard() as current:
         yield current
-
-
-@pytest.fixture
-def apt_command() -> Callable[[str, str], str]:
-    """apt_command(command, package): the command's path; skips the test if it isn't installed."""
-
-    def find(command: str, package: str) -> str:
-        path = shutil.which(command)
-        if path is None:
-            pytest.skip(f"{_NEEDS_APT} {package} ({command})")
-        return path
-
-    return find
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -16,6 +16,7 @@ from flamingo_fast.testing.guard import (
     IntegerOverflowError,
     NondeterminismError,
     OutOfBoundsError,
+    Poison,
     RaceError,
 )
 
@@ -87,6 +88,29 @@ def _float_atomic_kernel(X, OUT, numel, BLOCK: tl.constexpr, planted: tl.constex
         tl.store(OUT + offs, x + x, mask=mask)
 
 
+@triton.jit
+def _float_atomic_max_kernel(X, OUT, numel, BLOCK: tl.constexpr, planted: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    x = tl.load(X + offs, mask=mask, other=0.0)
+    if planted:
+        tl.atomic_max(OUT + offs, x + x, mask=mask)  # caught here
+    else:
+        tl.store(OUT + offs, x + x, mask=mask)
+
+
+@triton.jit
+def _softmax_kernel(X, OUT, numel, BLOCK: tl.constexpr, planted: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    if planted:
+        x = tl.load(X + offs, mask=mask)
+    else:
+        x = tl.load(X + offs, mask=mask, other=float("-inf"))
+    p = tl.where(mask, tl.exp(x - tl.max(x, axis=0)), 0.0)
+    tl.store(OUT + offs, p / tl.sum(p, axis=0), mask=mask)
+
+
 def _one_program_a_block(
     kernel: triton.JITFunction,
 ) -> Callable[[torch.Tensor, bool], torch.Tensor]:
@@ -145,6 +169,27 @@ def _offset_overflow_kernel(
     tl.store(OUT + offs, x + x, mask=offs < numel)
 
 
+@triton.jit
+def _shift_overflow_kernel(X, OUT, numel, BLOCK: tl.constexpr, planted: tl.constexpr):
+    row = tl.program_id(0)
+    if not planted:
+        row = row.to(tl.int64)
+    start = (row << 30) >> 30  # caught here
+    offs = start * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + offs, mask=offs < numel, other=0.0)
+    tl.store(OUT + offs, x + x, mask=offs < numel)
+
+
+@triton.jit
+def _narrowing_cast_kernel(X, OUT, numel, BLOCK: tl.constexpr, planted: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) << 32
+    if planted:
+        start = start.to(tl.int32)  # caught here
+    offs = (start.to(tl.int64) >> 32) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + offs, mask=offs < numel, other=0.0)
+    tl.store(OUT + offs, x + x, mask=offs < numel)
+
+
 def _offset_overflow(rows: int) -> Callable[[torch.Tensor, bool], torch.Tensor]:
     def run(x: torch.Tensor, planted: bool) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -165,13 +210,21 @@ def _block_sums(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([block.sum().expand(block.shape) for block in x.split(BLOCK)])
 
 
+def _block_softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([block.softmax(0) for block in x.split(BLOCK)])
+
+
 @dataclasses.dataclass(frozen=True)
 class PlantedBug:
-    """`run(x, planted)` gives `expected(x)` if not planted. error None: NaN in the output tells."""
+    """`run(x, planted)` gives `expected(x)` if not planted.
+
+    error None: the output tells, under a guard with this `poison`.
+    """
 
     run: Callable[[torch.Tensor, bool], torch.Tensor]
     error: type[GuardError] | None
     expected: Callable[[torch.Tensor], torch.Tensor] = _doubled
+    poison: Poison = "nan"
 
 
 PLANTED_BUGS = {
@@ -179,6 +232,9 @@ PLANTED_BUGS = {
     "missing_mask": PlantedBug(_one_program_a_block(_missing_mask_kernel), OutOfBoundsError),
     "gap_between_rows": PlantedBug(_row_gap, OutOfBoundsError),
     "missing_other": PlantedBug(_one_program_a_block(_missing_other_kernel), None, _block_sums),
+    "softmax_without_other": PlantedBug(
+        _one_program_a_block(_softmax_kernel), None, _block_softmax, poison="huge"
+    ),
     "unwritten_tile": PlantedBug(_one_program_a_block(_unwritten_tile_kernel), None),
     "two_writers": PlantedBug(_one_program_a_block(_two_writers_kernel), RaceError),
     "colliding_lanes": PlantedBug(_one_program_a_block(_colliding_lanes_kernel), RaceError),
@@ -186,7 +242,16 @@ PLANTED_BUGS = {
     # 4 * 2**30 wraps to 0: every program reads and writes the first rows, all in bounds.
     "overflow_in_bounds": PlantedBug(_offset_overflow(rows=4), IntegerOverflowError),
     "overflow_out_of_bounds": PlantedBug(_offset_overflow(rows=1), IntegerOverflowError),
+    "shift_overflow": PlantedBug(
+        _one_program_a_block(_shift_overflow_kernel), IntegerOverflowError
+    ),
+    "narrowing_cast": PlantedBug(
+        _one_program_a_block(_narrowing_cast_kernel), IntegerOverflowError
+    ),
     "float_atomic": PlantedBug(_one_program_a_block(_float_atomic_kernel), NondeterminismError),
+    "float_atomic_max": PlantedBug(
+        _one_program_a_block(_float_atomic_max_kernel), NondeterminismError
+    ),
 }
 
 

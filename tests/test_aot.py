@@ -47,7 +47,7 @@ def planted() -> Iterator[Compiler]:
 
 @pytest.fixture(scope="module")
 def planted_plans(planted: Compiler) -> dict[tuple[str, str], PlannedCompile]:
-    plans = planted.plan(("sm_80", "sm_90", "sm_120"))
+    plans = planted.plan(("sm_80", "sm_90", "sm_120", "gfx942"))
     return {(plan.case, plan.target): plan for plan in plans}
 
 
@@ -59,6 +59,7 @@ def planted_plans(planted: Compiler) -> dict[tuple[str, str], PlannedCompile]:
         ("dot/ieee", "sm_90", []),
         ("dot/128_kib", "sm_120", ["shared memory: 131072 B, limit 101376 B"]),
         ("dot/128_kib", "sm_80", []),
+        ("dot/128_kib", "gfx942", ["shared memory: 131072 B, limit 65536 B"]),
         ("softmax/may_spill", "sm_80", []),
         ("copy/aligned/meta", "sm_80", []),
         (
@@ -131,7 +132,7 @@ _BINARY = Binary(
     registers=100,
     local_bytes=0,
     spills=0,
-    shared_bytes=0,
+    shared_bytes=1024,
     matrix_instructions=16,
     load_bits=128,
     store_bits=64,
@@ -158,6 +159,8 @@ def _goldens_of(*outcomes: Compiled) -> Goldens:
         ({"matrix_instructions": 15}, "matrix_instructions: 15, golden 16"),
         ({"load_bits": 64}, "load_bits: 64, golden 128"),
         ({"store_bits": 32}, "store_bits: 32, golden 64"),
+        ({"shared_bytes": 0}, None),
+        ({"shared_bytes": 1025}, "shared_bytes: 1025, golden 1024"),
         ({"local_bytes": 40}, "local_bytes: 40, golden 0"),
     ],
 )

@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from typer.testing import CliRunner, Result
 
 import flamingo_fast
 from flamingo_fast.bench import plan, plot, records, report, roofline, work
+from flamingo_fast.bench import run as bench_run
 from flamingo_fast.bench.correctness import disagreements, problems
 from flamingo_fast.bench.records import Environment, Measurement
-from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Case
+from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Case, Unavailable
 from flamingo_fast.bench.timing import MIN_ROUNDS, Quantiles, interleaved, paired_ratios
 from flamingo_fast.cli import app
 
@@ -69,6 +72,20 @@ def test_bytes_of_variants_by_hand() -> None:
     assert (rms.loaded, rms.stored) == (60 + 12 + 10, 30 + 10)
     twice = work.norm((3, 5), 2, "bwd", column_pass=True)
     assert twice.loaded == work.norm((3, 5), 2, "bwd").loaded + 60
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "gated_residual_layer_norm"])
+def test_norms_too_wide_for_one_pass_read_their_inputs_again(op: str) -> None:
+    pytest.importorskip("triton")
+    from flamingo_fast.kernels.norm_config import WIDEST_KEPT
+
+    assert work.WIDEST_ONE_PASS == WIDEST_KEPT
+    formula = plan.BENCHMARKS[op].work
+    once = 4 if op.startswith("gated") else 2
+    statistic = 4 if op == "rms_norm" else 8
+    for width, elements in ((WIDEST_KEPT, once), (WIDEST_KEPT + 16, once + 2)):
+        row = formula((2, width), 2, "bwd").loaded - formula((1, width), 2, "bwd").loaded
+        assert row == elements * width * 2 + statistic
 
 
 def test_flops_by_hand() -> None:
@@ -157,7 +174,7 @@ def test_rounds_are_interleaved_in_changing_order() -> None:
 
 # Results file
 
-ENVIRONMENT = Environment("cpu", 2, "2.13.0", "3.9.0", "0.1.0", "abc")
+ENVIRONMENT = Environment("cpu", 2, "3.11.9", "2.13.0", "none", "3.9.0", "0.1.0", "abc")
 TIME = Measurement(
     "op", "ours", "fwd", "2x2", "bf16", "time", "ms", Quantiles(1.0, 0.9, 1.1, samples=15)
 )
@@ -184,11 +201,59 @@ def test_a_second_run_replaces_its_rows_and_keeps_others(tmp_path: Path) -> None
     assert set(rows[0]) == set(records.COLUMNS)
 
 
-def test_a_results_file_of_another_version_is_refused_before_measuring(tmp_path: Path) -> None:
-    (tmp_path / "results.csv").write_text("kernel,ms\n")
+HEADER = ",".join(records.COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"kernel,ms\n", "its columns are not this version's"),
+        (f"{HEADER}1\n".encode(), "row 2 has 1 fields"),
+        (f"{HEADER}{'1,' * len(records.COLUMNS)}1\n".encode(), "row 2 has"),
+        (bytes(range(256)), "not a CSV file"),
+        (f'{HEADER}"1'.encode(), "not a CSV file"),
+    ],
+)
+def test_a_results_file_that_cannot_be_kept_is_refused_before_measuring(
+    content: bytes, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "run", lambda *_: pytest.fail("measured"))
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
     result = bench("--out", str(tmp_path))
     assert result.exit_code == 2
-    assert "results.csv" in result.output
+    assert f"{path}: {problem}" in result.output
+    assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+@pytest.mark.parametrize("folder", ["/proc", "/proc/results"])
+def test_an_unwritable_folder_is_refused_before_measuring(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "run", lambda *_: pytest.fail("measured"))
+    result = bench("--out", folder)
+    assert result.exit_code == 2
+    assert f"can't write to {folder}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "'no-such-compiler' is no executable"), ("", "")]
+)
+def test_torch_compile_is_unavailable_without_what_it_needs(
+    compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an executable in $CXX; without Python.h."""
+    if not compiler:
+        compiler, reason = sys.executable, f"{tmp_path / 'Python.h'} is missing"
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    provider = plan.BENCHMARKS["squared_relu"].providers[1]
+    with pytest.raises(Unavailable, match=re.escape(reason)):
+        provider.build(CPU)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CXX", sys.executable)
+    assert callable(provider.build(CPU))
 
 
 # Command
@@ -205,6 +270,9 @@ def test_a_results_file_of_another_version_is_refused_before_measuring(tmp_path:
         (["--shape", "2048"], ["shape '2048'", "rowsxwidth", "2048x2048"]),
         (["--shape", "0x8"], ["shape '0x8'"]),
         (["--shape", "axb"], ["shape 'axb'"]),
+        (["--shape", "99999999999999999999x2"], ["shape '99999999999999999999x2'", "2**59"]),
+        (["--shape", "9999999999x9999999999"], ["2**59 elements"]),
+        (["--shape", "9" * 5000 + "x2"], ["2**59 elements"]),
         (["--out", __file__], ["is a file"]),
     ],
 )
@@ -341,7 +409,7 @@ def test_the_gate_catches(function: Callable[..., Any], mode: str, problem: str)
     assert len(found) == 1 and found[0].startswith(problem)
 
 
-def test_the_gate_misses_a_missing_output() -> None:
+def test_a_missing_output_is_caught() -> None:
     case = Case(plan.BENCHMARKS["gated_residual_rms_norm"], (4, 64), "fp32", CPU)
     found = problems(case, lambda x, *rest: case.benchmark.eager(x, *rest)[0], "fwd")
     assert found == ["ValueError: 1 tensors, expected residual, normed"]

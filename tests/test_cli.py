@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import flamingo_fast
 from flamingo_fast import cli, doctor
+from flamingo_fast.testing import aot_gate
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -46,6 +48,17 @@ def test_no_command_shows_the_commands(run: Run) -> None:
     code, out, err = run()
     assert code == 2
     assert "doctor" in out + err
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_compiling(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aot_gate, "run_gate", lambda *_, **__: pytest.fail("compiled"))
+    for file in (tmp_path / "absent" / "x.json", tmp_path):
+        code, out, err = run("kernels", "--json", str(file))
+        assert (code, out) == (2, "")
+        assert "json" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,36 @@ def test_planted_bug_is_caught(name):
     bug = planted_bugs.PLANTED_BUGS[name]
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     if bug.error is None:
-        with guard():
-            assert not bug.run(x, planted=True).isfinite().all()
+        with guard(poison=bug.poison):
+            wrong = bug.run(x, planted=True)
+        # NaN, which missing data becomes, is far off too.
+        assert not ((wrong - bug.expected(x)).abs() < 0.1).all()
         return
     with guard() as g, pytest.raises(bug.error) as raised:
         bug.run(x, planted=True)
     assert not g.launches
     line = re.search(r"planted_bugs\.py:(\d+)", str(raised.value))
     assert "# caught here" in linecache.getline(planted_bugs.__file__, int(line[1]))
+
+
+def test_neither_poison_shows_what_the_other_does():
+    x = torch.ones(1000)
+    softmax = planted_bugs.PLANTED_BUGS["softmax_without_other"]
+    with guard(poison="nan"):
+        torch.testing.assert_close(softmax.run(x, planted=True), softmax.expected(x))
+    out = torch.empty(4)
+    with guard(poison="huge"):
+        _zeroed_other_kernel[(1,)](x, out, BLOCK=4)
+        assert out.eq(0).all()
+    with guard(poison="nan"):
+        _zeroed_other_kernel[(1,)](x, out, BLOCK=4)
+        assert out.isnan().all()
+
+
+@triton.jit
+def _zeroed_other_kernel(X, OUT, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(OUT + offs, 0.0 * tl.load(X + offs, mask=offs < 0))
 
 
 @pytest.mark.parametrize("name", planted_bugs.PLANTED_BUGS)
@@ -393,7 +415,7 @@ def test_uninitialised_memory_is_poisoned():
         with FakeTensorMode():
             assert torch.empty(2).shape == (2,)
     assert not torch.are_deterministic_algorithms_enabled()
-    with guard(poison=False):
+    with guard(poison=None):
         assert not torch.are_deterministic_algorithms_enabled()
         out = planted_bugs.PLANTED_BUGS["missing_other"].run(torch.ones(10), planted=True)
         assert out.isfinite().all()
@@ -416,10 +438,14 @@ def _unmasked_other_kernel(X, OUT, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_masked_lanes_are_nan(dtype, guarded):
-    out = torch.zeros(4, dtype=dtype)
-    _unmasked_other_kernel[(1,)](torch.ones(4, dtype=dtype), out, BLOCK=4)
+def test_masked_lanes_are_nan_or_huge(dtype):
+    x, out = torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype)
+    with guard():
+        _unmasked_other_kernel[(1,)](x, out, BLOCK=4)
     assert out.isnan().all()
+    with guard(poison="huge"):
+        _unmasked_other_kernel[(1,)](x, out, BLOCK=4)
+    assert (out == torch.finfo(dtype).max).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
@@ -452,7 +478,7 @@ class TestWithoutTheFixture:
 
 
 def test_everything_is_restored():
-    names = [*guard_module.Guard(shuffle_seed=0, poison=True)._replacements()]
+    names = [*guard_module.Guard(shuffle_seed=0, poison="nan")._replacements()]
     before = [vars(owner)[name] for owner, name in names]
     with pytest.raises(GuardError), guard():
         planted_bugs.PLANTED_BUGS["missing_mask"].run(torch.ones(10), planted=True)

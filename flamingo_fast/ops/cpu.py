@@ -1,9 +1,9 @@
 """The `torch` implementations: eager PyTorch on a CPU, in few calls that allocate little.
 
 New memory costs more than arithmetic here: the kernel clears each page of a large temporary. So
-what needs temporaries walks blocks of rows and reuses their buffers. Smaller blocks would stay in
-the second-level cache and gain up to a tenth on an idle machine, but threads meet after every call,
-and beside another busy process each meeting can cost milliseconds.
+what needs temporaries walks blocks of rows and reuses their buffers. The smallest block stays in
+the second-level cache. Large tensors take larger ones: that costs up to a tenth on an idle machine,
+but threads meet after every call, and beside another busy process a meeting can cost milliseconds.
 
 Sums over rows are kept in fp32 (fp64 for fp64 inputs).
 """
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-_BLOCK_ELEMENTS = 1 << 20
+_WANTED_BLOCKS = 32
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 18, 1 << 20
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,8 @@ def _wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def _block_length(rows: torch.Tensor) -> int:
-    return max(_BLOCK_ELEMENTS // rows.shape[1], 1)
+    elements = min(max(rows.numel() // _WANTED_BLOCKS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    return max(elements // rows.shape[1], 1)
 
 
 class _Scratch:
@@ -68,13 +70,20 @@ def squared_relu_backward(x: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     return torch.addcmul(x.new_zeros(()), dx, dout, value=2, out=dx)
 
 
+def _keeps_gates(dtype: torch.dtype) -> bool:
+    """Whether a vector gate may be rounded to `dtype`.
+
+    To bf16, as a bf16 model does; not to fp16, where it vanishes at the start of its training.
+    """
+    return dtype != torch.float16
+
+
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     tanh_gate = gate.double().tanh()
     if x.dtype == y.dtype and gate.numel() == 1:
         # As `value` the factor is not rounded to a 16-bit dtype.
         out = torch.addcmul(x, y, x.new_ones(1), value=tanh_gate.item())
-    elif x.dtype == y.dtype and x.dtype != torch.float16:
-        # Rounding the factor to bf16 is what a bf16 model does; in fp16 a new gate would vanish.
+    elif x.dtype == y.dtype and _keeps_gates(x.dtype):
         out = torch.addcmul(x, y, tanh_gate.to(x.dtype))
     else:
         wide = _wide_dtype(x.dtype, y.dtype)
@@ -95,10 +104,10 @@ def gated_residual_backward(
     tanh_gate = wide_gate.tanh()
     is_scalar = gate.numel() == 1
     dy = dout.new_empty(dout.shape if need_dy else (0,), dtype=y_dtype)
-    dy_in_blocks = need_dy and not (is_scalar and dout.dtype == y_dtype)
+    dy_in_blocks = need_dy and not (dout.dtype == y_dtype and (is_scalar or _keeps_gates(y_dtype)))
     if need_dy and not dy_in_blocks:
         # A Python number multiplies in fp32 without promoting bf16.
-        torch.mul(dout, tanh_gate.item(), out=dy)
+        torch.mul(dout, tanh_gate.item() if is_scalar else tanh_gate.to(y_dtype), out=dy)
     total = dout.new_zeros(gate.shape, dtype=wide)
     if dy_in_blocks or y is not None:
         factor = tanh_gate.to(wide)

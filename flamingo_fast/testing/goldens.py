@@ -129,6 +129,8 @@ def _regressions(outcome: Compiled, golden: Golden | None) -> list[str]:
     # Where spills are allowed they count as the registers that they stand for.
     if now.local_bytes > golden.local_bytes + 4 * REGISTER_SLACK:
         found.append(f"local_bytes: {now.local_bytes}, golden {golden.local_bytes}")
+    if now.shared_bytes > golden.shared_bytes:
+        found.append(f"shared_bytes: {now.shared_bytes}, golden {golden.shared_bytes}")
     for name in ("matrix_instructions", "load_bits", "store_bits"):
         if getattr(now, name) < getattr(golden, name):
             found.append(f"{name}: {getattr(now, name)}, golden {getattr(golden, name)}")

@@ -6,6 +6,9 @@
 
 It patches private parts of the interpreter for the whole process; `missing_patch_points` names what
 a new Triton has moved. TRITON_INTERPRET=1 must be set before Triton is imported.
+
+Not seen: integer sums and scans (tl.sum, tl.cumsum) that wrap, and a store and a load of one
+element by different lanes of one program without a barrier, which on a GPU is a race.
 """
 
 import contextlib
@@ -31,6 +34,7 @@ from flamingo_fast.testing.interpreter_patches import Replacements, missing_name
 from flamingo_fast.testing.launch_memory import (
     GuardError,
     LaunchMemory,
+    NondeterminismError,
     OutOfBoundsError,
     RaceError,
 )
@@ -42,18 +46,18 @@ __all__ = [
     "LaunchRecord",
     "NondeterminismError",
     "OutOfBoundsError",
+    "Poison",
     "RaceError",
     "guard",
     "missing_patch_points",
 ]
 
 
+Poison = Literal["nan", "huge"]
+
+
 class IntegerOverflowError(GuardError):
     """A signed integer of 32 bits or fewer wrapped, even if the wrapped offset is in bounds."""
-
-
-class NondeterminismError(GuardError):
-    """An atomic on floats: its result depends on the order in which programs run."""
 
 
 @dataclasses.dataclass
@@ -87,7 +91,7 @@ class _Launch:
 class Guard:
     """What `guard` yields: `launches`, one record per finished launch in order, and their total."""
 
-    def __init__(self, shuffle_seed: int | None, poison: bool) -> None:
+    def __init__(self, shuffle_seed: int | None, poison: Poison | None) -> None:
         self.launches: list[LaunchRecord] = []
         self._shuffle_seed = shuffle_seed
         self._poison = poison
@@ -115,6 +119,8 @@ class Guard:
             (InterpreterBuilder, "create_add"): self._checked(np.add, "+"),
             (InterpreterBuilder, "create_sub"): self._checked(np.subtract, "-"),
             (InterpreterBuilder, "create_mul"): self._checked(np.multiply, "*"),
+            (InterpreterBuilder, "create_shl"): self._checked(_shifted, "<<"),
+            (InterpreterBuilder, "create_int_cast"): self._int_cast,
         }
 
     def _run_grid(
@@ -195,8 +201,8 @@ class Guard:
         **kwargs: Any,
     ) -> TensorHandle:
         active = np.asarray(mask.data)
-        if other is None and self._poison and not active.all():
-            other = _poison(ptrs)
+        if other is None and self._poison is not None and not active.all():
+            other = _poisoned(ptrs, self._poison)
         return stock(builder, self._access("load", ptrs, active), mask, other, *rest, **kwargs)
 
     def _store(
@@ -239,6 +245,7 @@ class Guard:
         return stock(builder, self._access("atomic", ptr, True), expected, value, *rest)
 
     def _refuse_float_atomic(self, value: TensorHandle) -> None:
+        # tl.atomic_max and tl.atomic_min of floats get here as integers: LaunchMemory sees those.
         if value.dtype.scalar.is_floating():
             raise self._launch.memory.error(
                 NondeterminismError,
@@ -268,17 +275,33 @@ class Guard:
             dtype = lhs.data.dtype
             if dtype.kind == "i" and dtype.itemsize < 8:
                 exact = operation(lhs.data.astype(np.int64), rhs.data.astype(np.int64))
-                limits = np.iinfo(dtype)
-                wrapped = (exact < limits.min) | (exact > limits.max)
-                if wrapped.any():
-                    raise self._launch.memory.error(
-                        IntegerOverflowError,
-                        f"{lhs.dtype.scalar} {symbol} wraps in {wrapped.sum()} of {wrapped.size} "
-                        f"lanes: the exact result is {exact[wrapped][0]}",
-                    )
+                self._refuse_wrapping(exact, dtype, f"{lhs.dtype.scalar} {symbol}")
             return stock(builder, lhs, rhs)
 
         return checked
+
+    def _int_cast(
+        self, stock: Callable[..., Any], builder: Any, src: TensorHandle, dst_type: Any, *rest: Any
+    ) -> TensorHandle:
+        # Narrower and unsigned results are truncated on purpose: packing, hashes.
+        if (src.dtype.scalar, dst_type.scalar) == (tl.int64, tl.int32):
+            self._refuse_wrapping(src.data, np.dtype(np.int32), "cast of int64 to int32")
+        return stock(builder, src, dst_type, *rest)
+
+    def _refuse_wrapping(self, exact: np.ndarray, dtype: np.dtype, what: str) -> None:
+        limits = np.iinfo(dtype)
+        wrapped = (exact < limits.min) | (exact > limits.max)
+        if wrapped.any():
+            raise self._launch.memory.error(
+                IntegerOverflowError,
+                f"{what} wraps in {wrapped.sum()} of {wrapped.size} "
+                f"lanes: the exact result is {exact[wrapped][0]}",
+            )
+
+
+def _shifted(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """values << places for int64 that hold int32. Places that int32 does not have count as 32."""
+    return values << np.minimum(places.astype(np.uint64), 32).astype(np.int64)
 
 
 def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
@@ -291,15 +314,15 @@ def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Any, torch.Tensor]
         yield name, value, interpreter._unwrap_tensor(value)
 
 
-def _poison(ptrs: TensorHandle) -> TensorHandle:
-    """NaN, or half of the largest integer: an offset out of bounds that a small sum can't wrap."""
+def _poisoned(ptrs: TensorHandle, poison: Poison) -> TensorHandle:
+    """Integers: half of the largest, an offset out of bounds that a small sum can't wrap."""
     dtype = ptrs.get_element_ty()
     np_dtype = interpreter._get_np_dtype(dtype)
     value: Any
     if dtype == tl.bfloat16:
-        value = 0x7FC0
+        value = 0x7FC0 if poison == "nan" else 0x7F7F
     elif np_dtype.kind == "f":
-        value = np.nan
+        value = np.nan if poison == "nan" else np.finfo(np_dtype).max
     elif np_dtype.kind == "b":
         value = True
     else:
@@ -327,7 +350,7 @@ _active = False
 
 
 @contextlib.contextmanager
-def guard(*, shuffle_seed: int | None = 0, poison: bool = True) -> Iterator[Guard]:
+def guard(*, shuffle_seed: int | None = 0, poison: Poison | None = "nan") -> Iterator[Guard]:
     """Guards every kernel that is interpreted inside the block, however deep it is called.
 
     Inside, bf16 is right (see `interpreter_bf16`), programs run in a shuffled order, and these
@@ -337,13 +360,18 @@ def guard(*, shuffle_seed: int | None = 0, poison: bool = True) -> Iterator[Guar
       from. Of an argument that is a view, the elements between its own are outside too.
     * RaceError: programs write one element, or one writes what another loads; lanes of one store
       write one element. Integer atomics are exempt.
-    * IntegerOverflowError: +, - or * wraps in a signed integer of 32 bits or fewer.
-    * NondeterminismError: an atomic on floats.
+    * IntegerOverflowError: +, -, * or << wraps in a signed integer of 32 bits or fewer, or a cast
+      of int64 to int32 changes the value.
+    * NondeterminismError: an atomic on floats, or on an argument of floats.
 
     Arguments:
         shuffle_seed: seeds the order of the programs; None: the interpreter's own order.
-        poison: lanes that a load without `other` masks off, and memory from `torch.empty` and its
-            kin, hold NaN (integers: a large value) instead of whatever they hold.
+        poison: what lanes hold that a load without `other` masks off: "nan", or "huge", the largest
+            finite value (fp8: NaN); integers a large value with both; None: whatever they hold.
+            Both exist because neither shows every bug: tl.max and tl.maximum drop NaN, so a
+            softmax that forgot other=-inf passes with it; "huge" is lost in a product with 0 and
+            in a reciprocal, which NaN survives. Unless None, memory from `torch.empty`
+            and its kin holds NaN (integers: a large value).
 
     Raises:
         RuntimeError: guards are nested, or Triton was imported without TRITON_INTERPRET=1.
@@ -359,7 +387,7 @@ def guard(*, shuffle_seed: int | None = 0, poison: bool = True) -> Iterator[Guar
     with contextlib.ExitStack() as stack:
         stack.enter_context(interpreter_bf16.correct_bf16())
         stack.enter_context(replaced(current._replacements()))
-        if poison:
+        if poison is not None:
             stack.enter_context(_poisoned_empties())
         _active = True
         try:
@@ -371,5 +399,5 @@ def guard(*, shuffle_seed: int | None = 0, poison: bool = True) -> Iterator[Guar
 def missing_patch_points() -> list[str]:
     """Names of the interpreter that the guard replaces and this Triton does not have."""
     return interpreter_bf16.missing_patch_points() + missing_names(
-        Guard(shuffle_seed=None, poison=False)._replacements()
+        Guard(shuffle_seed=None, poison=None)._replacements()
     )

@@ -31,6 +31,10 @@ class RaceError(GuardError):
     """The result depends on the order in which programs, or lanes of one store, run."""
 
 
+class NondeterminismError(GuardError):
+    """An atomic on floats: its result depends on the order in which programs run."""
+
+
 class _Storage:
     """The bytes behind arguments, and who touched each granule: program number + 1, or 0.
 
@@ -64,6 +68,7 @@ class _Argument:
         self.storage = storage
         self.first = tensor.data_ptr()
         self.itemsize = tensor.element_size()
+        self.is_floating_point = tensor.is_floating_point()
         steps = list(zip(tensor.shape, tensor.stride(), strict=True))
         elements = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
         distinct = math.prod(size for size, stride in steps if stride)
@@ -131,7 +136,8 @@ class LaunchMemory:
     ) -> None:
         """Checks and records one access of the current program.
 
-        Atomics are checked against the bounds only: programs may share what they touch.
+        Atomics must be in bounds and not in an argument of floats; programs may share what they
+        touch.
 
         Arguments:
             pointers: (lanes,), uint64, tagged; the lanes that are not masked off.
@@ -195,6 +201,11 @@ class LaunchMemory:
             self._check_load(argument, granules)
         elif kind == "store":
             self._check_store(argument, granules)
+        elif argument.is_floating_point and addresses.size:
+            raise self.error(
+                NondeterminismError,
+                f"atomic: the result depends on the order of the programs: {argument.description}",
+            )
 
     def _check_load(self, argument: _Argument, granules: np.ndarray) -> None:
         storage, me = argument.storage, self.program + 1
