@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from flamingo_fast.bench.work import Work
 from flamingo_fast.ops.dispatch import TRITON_INSTALLED
@@ -41,7 +42,7 @@ class Provider:
     build: Callable[[torch.device], Callable[..., Any]]
 
 
-def _require_cpp() -> None:
+def require_cpp() -> None:
     """Raises Unavailable if torch.compile can't build its C++ for a CPU."""
     # As Inductor chooses it; it takes all of $CXX for the name of one program.
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
@@ -58,9 +59,11 @@ def _require_cpp() -> None:
 def _compiled(eager: Callable[..., Any]) -> Provider:
     def build(device: torch.device) -> Callable[..., Any]:
         if device.type == "cpu":
-            _require_cpp()
+            require_cpp()
         if device.type == "cuda" and not TRITON_INSTALLED:
             raise Unavailable("torch.compile needs Triton on a GPU")
+        # Precompiling headers takes an openssl program, which fails now and then.
+        torch._inductor.config.cpp_cache_precompile_headers = False
         # Else the graphs of earlier shapes count towards Dynamo's recompile limit, and a
         # function that reaches it silently runs in eager mode.
         torch.compiler.reset()

@@ -337,8 +337,8 @@ class _GatedResidualNormFn(torch.autograd.Function):
 def _normed_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that the next projection wants: autocast's inside autocast, else x's."""
     device_type = x.device.type
-    # Devices without autocast, such as meta, raise when asked whether it is on.
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    # The meta device raises when asked whether autocast is on.
+    if x.dtype == torch.float64 or x.is_meta:
         return x.dtype
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
