@@ -31,6 +31,23 @@ def _inputs(
     return {name: make[name]() for name in names.split()}
 
 
+# PyTorch's LayerNorm on a CPU adds up 16-bit parameter gradients in 16 bits; this is the eager
+# composition whose gradients are right.
+def _layer_norm_in_fp32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return eager.layer_norm(x.float(), weight, bias, EPS).to(x.dtype)
+
+
+def _gated_residual_layer_norm_in_fp32(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = eager.gated_residual(x, y, gate)
+    return residual, _layer_norm_in_fp32(residual, weight, bias)
+
+
 def _liger(function: str, compute: Callable[..., Any]) -> Provider:
     """`compute(liger, *inputs)`; `function` is of liger_kernel.transformers.functional."""
 
@@ -99,7 +116,10 @@ BENCHMARKS = {
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="layer"),
             work=functools.partial(_norm_work, work.gated_residual_norm, rms=False),
             eager_work=work.gated_residual_norm_eager,
-            others=(_liger("liger_layer_norm", _liger_gated_residual_layer_norm),),
+            others=(
+                Provider("eager_fp32", lambda device: _gated_residual_layer_norm_in_fp32),
+                _liger("liger_layer_norm", _liger_gated_residual_layer_norm),
+            ),
         ),
         _rowwise(
             name="gated_residual_rms_norm",
@@ -119,7 +139,10 @@ BENCHMARKS = {
             ours=functools.partial(flamingo_fast.layer_norm, eps=EPS),
             work=functools.partial(_norm_work, work.norm, rms=False),
             eager_work=work.norm,
-            others=(_liger("liger_layer_norm", lambda liger, *inputs: liger(*inputs, EPS)),),
+            others=(
+                Provider("eager_fp32", lambda device: _layer_norm_in_fp32),
+                _liger("liger_layer_norm", lambda liger, *inputs: liger(*inputs, EPS)),
+            ),
         ),
         _rowwise(
             name="rms_norm",

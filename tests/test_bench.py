@@ -263,7 +263,7 @@ def test_torch_compile_is_unavailable_without_what_it_needs(
     ("args", "expected"),
     [
         (["--op", "softmax"], ["unknown op 'softmax'", "gated_residual", "squared_relu"]),
-        (["--provider", "jax"], ["unknown provider 'jax'", "eager, compile, ours, liger"]),
+        (["--provider", "jax"], ["unknown provider 'jax'", "eager, compile, ours", "liger"]),
         (["--op", "gated_residual", "--provider", "liger"], ["eager, compile, ours"]),
         (["--dtype", "int8"], ["unknown dtype 'int8'", "fp32, bf16, fp16"]),
         (["--mode", "bwd"], ["unknown mode 'bwd'", "fwd, fwd_bwd"]),

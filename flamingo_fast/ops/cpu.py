@@ -187,8 +187,8 @@ def norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dweight, dbias); what is not needed comes back empty."""
     nothing = x.new_empty(0)
-    # In 16 bits PyTorch also adds up the parameters' gradients in 16 bits: off by a quarter after
-    # 2048 rows.
+    # In 16 bits PyTorch also adds up the parameters' gradients in 16 bits, which can be off by a
+    # quarter after 2048 rows.
     if not rms and x.dtype == rstd.dtype:
         needs = [need_dx, need_dweight, need_dbias]
         dx, dweight, dbias = _native_backward(dnormed, x, weight, bias, mean, rstd, needs)
