@@ -9,6 +9,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """`tensor` is a floating-point tensor of 16, 32 or 64 bits."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
@@ -44,6 +45,7 @@ def check_parameter(
 
 
 def check_eps(eps: float) -> None:
+    """`eps` is a finite number above 0."""
     if not isinstance(eps, float | int):
         raise TypeError(f"eps: expected a number > 0, got {eps!r}")
     if not 0 < eps < math.inf:

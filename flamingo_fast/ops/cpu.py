@@ -61,10 +61,12 @@ class _WideRows:
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, of x's dtype."""
     return torch.relu(x.contiguous()).square_()
 
 
 def squared_relu_backward(x: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """dx, contiguous, of x's dtype."""
     dx = torch.relu(x.contiguous())
     # 2 * relu(x) * dout in one call.
     return torch.addcmul(x.new_zeros(()), dx, dout, value=2, out=dx)
@@ -79,6 +81,7 @@ def _keeps_gates(dtype: torch.dtype) -> bool:
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Contiguous, of x's dtype."""
     tanh_gate = gate.double().tanh()
     if x.dtype == y.dtype and gate.numel() == 1:
         # As `value` the factor is not rounded to a 16-bit dtype.

@@ -38,6 +38,7 @@ def use_impl(impl: str) -> Iterator[None]:
 
 
 def check_impl(impl: str) -> str:
+    """`impl` itself, if it names an implementation."""
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}; got {impl!r}")
     return impl

@@ -55,28 +55,14 @@ def _fake_norm_forward(
     return x.new_empty(x.shape, dtype=out_dtype), *_fake_statistics(x, rms)
 
 
-def _norm_backward(
-    dnormed: torch.Tensor,
-    x: torch.Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    rms: bool,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _norm_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Takes the arguments of the schema below, `impl` last."""
+    *inputs, impl = arguments
     if impl == "triton":
         from flamingo_fast.kernels.norm_backward import norm_bwd
 
-        return norm_bwd(
-            dnormed, x, weight, bias, mean, rstd, rms, need_dx, need_dweight, need_dbias
-        )
-    return cpu.norm_backward(
-        dnormed, x, weight, bias, mean, rstd, rms, need_dx, need_dweight, need_dbias
-    )
+        return norm_bwd(*inputs)
+    return cpu.norm_backward(*inputs)
 
 
 def _fake_norm_backward(
@@ -185,45 +171,14 @@ def _fake_gated_forward(
     return x.new_empty(x.shape), normed, *_fake_statistics(x, rms)
 
 
-def _gated_backward(
-    dresidual: _Optional,
-    dnormed: torch.Tensor,
-    residual: torch.Tensor,
-    y: _Optional,
-    gate: torch.Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    rms: bool,
-    y_dtype: torch.dtype,
-    need_dx: bool,
-    need_dy: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gated_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """Takes the arguments of the schema below, `impl` last."""
+    *inputs, impl = arguments
     if impl == "triton":
-        from flamingo_fast.kernels.norm_backward import gated_residual_norm_bwd as backward
-    else:
-        backward = cpu.gated_residual_norm_backward
-    return backward(
-        dresidual,
-        dnormed,
-        residual,
-        y,
-        gate,
-        weight,
-        bias,
-        mean,
-        rstd,
-        rms,
-        y_dtype,
-        need_dx,
-        need_dy,
-        need_dweight,
-        need_dbias,
-    )
+        from flamingo_fast.kernels.norm_backward import gated_residual_norm_bwd
+
+        return gated_residual_norm_bwd(*inputs)
+    return cpu.gated_residual_norm_backward(*inputs)
 
 
 def _fake_gated_backward(
@@ -355,6 +310,7 @@ def _is_best_in_torch(x: torch.Tensor, weight: _Optional, bias: _Optional) -> bo
 
 
 def check_norm_name(norm: str) -> str:
+    """`norm` itself, if it names one."""
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
     return norm
