@@ -346,6 +346,7 @@ def _backward(
     vector_gate = gate is not None and gate.numel() > 1
     in_one_pass = view.width <= WIDEST_KEPT
     by_rows, by_columns = wanted, {}
+    return_dx = need_dx
     if not in_one_pass:
         by_rows = {} if vector_gate else {"gate": wanted["gate"]}
         by_columns = {**wanted, "gate": wanted["gate"] if vector_gate else None}
@@ -404,7 +405,7 @@ def _backward(
     if not in_one_pass:
         dweight, dbias, dgate_by_columns = _backward_columns(saved, view, dx, by_columns, target)
         dgate = dgate_by_columns if vector_gate else dgate
-    return dx, dy, dgate, dweight, dbias
+    return dx if return_dx else dx.new_empty(0), dy, dgate, dweight, dbias
 
 
 def _backward_columns(

@@ -77,6 +77,7 @@ def _raw_calls(impl: str):
     x, y = torch.randn(6, 48), torch.randn(6, 48, dtype=torch.bfloat16)
     gate, weight, bias = torch.randn(48), torch.randn(48), torch.randn(48)
     mean, rstd = torch.randn(6), torch.rand(6)
+    wide = torch.randn(6, 4100)
     bf16 = torch.bfloat16
     ops = torch.ops.flamingo_fast
     return [
@@ -98,6 +99,12 @@ def _raw_calls(impl: str):
             ops.gated_residual_norm_bwd,
             (None, y, y, None, y[0, :1], None, None, mean[:0], rstd, True, bf16)
             + (True, True, False, False, impl),
+        ),
+        # Wide rows, where the gradient of a vector gate needs a dx that is not asked for.
+        (
+            ops.gated_residual_norm_bwd,
+            (wide, wide, wide, wide, wide[0], wide[0], None, mean[:0], rstd, True, x.dtype)
+            + (False, False, True, False, impl),
         ),
     ]
 

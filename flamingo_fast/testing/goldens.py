@@ -43,6 +43,7 @@ Goldens = dict[tuple[str, str, str], Golden]
 
 
 def golden_path(triton_version: str, folder: Path = FOLDER) -> Path:
+    """Where the goldens of this version are, if there are any."""
     return folder / f"triton-{triton_version}.json"
 
 
@@ -79,6 +80,7 @@ def save_goldens(goldens: Goldens, triton_version: str, folder: Path = FOLDER) -
 
 
 def key_of(plan: PlannedCompile) -> tuple[str, str, str]:
+    """What a kernel's golden is found by."""
     return plan.case, plan.target, plan.kernel
 
 
