@@ -1,7 +1,9 @@
 """Fused kernels, drop-in modules and a full model for Flamingo (arXiv 2204.14198)."""
 
+from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops.dispatch import BackendUnavailableError, use_impl
 from flamingo_fast.ops.gated_residual import gated_residual
+from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.ops.norm import gated_residual_norm, layer_norm, rms_norm
 from flamingo_fast.ops.squared_relu import squared_relu
 
@@ -9,10 +11,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "MediaLayout",
     "__version__",
     "gated_residual",
     "gated_residual_norm",
     "layer_norm",
+    "masked_cross_attention",
     "rms_norm",
     "squared_relu",
     "use_impl",

@@ -6,6 +6,8 @@ tensors. Nothing here imports Triton.
 
 import torch
 
+from flamingo_fast.layout import MediaLayout
+
 
 def _upcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -74,3 +76,56 @@ def gated_residual_norm(
     residual = gated_residual(x, y, gate)
     normalise = rms_norm if norm == "rms" else layer_norm
     return residual, normalise(residual, weight, bias, eps, out_dtype)
+
+
+def masked_cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: MediaLayout,
+    unattended: str,
+    past_last: str,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v over the tokens of the media that `layout` gives each row.
+
+    Rows that attend to nothing: "zero"; "dense": over all valid tokens of the sample's media;
+    "uniform": their mean. k and v are (media_total, R, Hkv, D); out has q's shape and dtype.
+    """
+    keys, values, valid = _by_sample(k, v, layout)
+    attends = layout.attends()
+    rows_past_last = layout.past_last() & ~attends
+    before = ~attends & ~rows_past_last
+    mask = layout.to_mask()[..., None] & valid[:, None]
+    if unattended == "dense":
+        mask = mask | (before[..., None, None] & valid[:, None])
+    mask, valid = mask.flatten(2)[:, None, None], valid.flatten(1)
+    wide_q = _upcast(q).unflatten(2, (k.shape[2], q.shape[2] // k.shape[2]))
+    scores = torch.einsum("blhgd,bshd->bhgls", wide_q, keys) * softmax_scale
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1) * mask
+    for choice, rows in ((unattended, before), (past_last, rows_past_last)):
+        if choice == "uniform":
+            mean = valid / valid.sum(-1, keepdim=True).clamp(min=1)
+            weights = torch.where(rows[:, None, None, :, None], mean[:, None, None, None], weights)
+    out = torch.einsum("bhgls,bshd->blhgd", weights.to(values.dtype), values)
+    return out.flatten(2, 3).to(q.dtype).contiguous()
+
+
+def _by_sample(
+    k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values as (B, max_media * R, Hkv, D), 0 where invalid; valid, (B, max_media, R)."""
+    num_keys = k.shape[1]
+    media = torch.arange(layout.max_media, device=k.device)
+    first, end = layout.cu_media[:-1, None], layout.cu_media[1:, None]
+    valid = (first + media < end)[..., None].expand(-1, -1, num_keys)
+    flat = (first + media).clamp(max=max(layout.media_total - 1, 0))
+    if layout.media_seqlens is not None:
+        tokens = torch.arange(num_keys, device=k.device)
+        valid = valid & (tokens < layout.media_seqlens[flat][..., None])
+    keys, values = (
+        torch.where(valid[..., None, None], _upcast(tensor)[flat], 0).flatten(1, 2)
+        for tensor in (k, v)
+    )
+    return keys, values, valid

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from flamingo_fast.layout import MediaLayout
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -52,9 +54,63 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps: expected a finite number > 0, got {eps!r}")
 
 
+def check_attention_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: MediaLayout,
+    softmax_scale: float | None,
+) -> float:
+    """q (B, L, H, D), k and v (media_total, R, Hkv, D) or (B, N, R, Hkv, D), all as `layout` says.
+
+    Returns:
+        softmax_scale, by default D ** -0.5.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, tensor)
+    if not isinstance(layout, MediaLayout):
+        raise TypeError(f"layout: expected a MediaLayout, got {type(layout).__name__}")
+    if q.dim() != 4 or q.shape[2] == 0 or q.shape[3] == 0:
+        raise ValueError(f"q: expected shape (B, L, H, D), H and D >= 1; got {_shape(q)}")
+    if q.shape[:2] != layout.media_start.shape:
+        raise ValueError(
+            f"layout: expected one of q's {q.shape[0]} x {q.shape[1]} tokens, got {layout!r}"
+        )
+    if k.dim() not in (4, 5):
+        raise ValueError(
+            f"k: expected shape (media_total, R, Hkv, D) or (B, N, R, Hkv, D), got {_shape(k)}"
+        )
+    if k.dim() == 5 and layout.media_total != layout.batch_size * layout.max_media:
+        raise ValueError(
+            "k: expected shape (media_total, R, Hkv, D), since the samples of the layout have "
+            f"different numbers of media; got {_shape(k)}"
+        )
+    media = (layout.batch_size, layout.max_media) if k.dim() == 5 else (layout.media_total,)
+    if k.shape[: len(media)] != media:
+        raise ValueError(f"k: expected the layout's media {media} first, got {_shape(k)}")
+    if k.shape[-1] != q.shape[3] or k.shape[-2] == 0 or q.shape[2] % k.shape[-2]:
+        raise ValueError(
+            f"k: expected heads that divide q's {q.shape[2]}, and its head_dim {q.shape[3]}; "
+            f"got {_shape(k)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected k's shape {_shape(k)}, got {_shape(v)}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, q)
+    if layout.device != q.device:
+        raise ValueError(f"layout: expected q's device {q.device}, got {layout.device}")
+    if softmax_scale is None:
+        return q.shape[3] ** -0.5
+    if not isinstance(softmax_scale, float | int) or not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale!r}")
+    return float(softmax_scale)
+
+
 def _check_device(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+        raise ValueError(f"{name}: expected device {x.device}, got {tensor.device}")
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 IMPLS = ("auto", "triton", "torch", "reference")
+ATTENTION_IMPLS = (*IMPLS, "sdpa")
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -24,12 +25,13 @@ def use_impl(impl: str) -> Iterator[None]:
     """Makes `impl` what ops called with impl="auto" use inside the block.
 
     Activation checkpointing calls the ops again in the backward, which then belongs in the block.
+    Ops that don't have `impl` keep "auto": "sdpa" is of attention ops only.
 
     Raises:
-        ValueError: `impl` is not one of "auto", "triton", "torch", "reference".
+        ValueError: `impl` is not one of "auto", "triton", "torch", "reference", "sdpa".
     """
     global _default_impl
-    check_impl(impl)
+    check_impl(impl, ATTENTION_IMPLS)
     previous, _default_impl = _default_impl, impl
     try:
         yield
@@ -37,10 +39,10 @@ def use_impl(impl: str) -> Iterator[None]:
         _default_impl = previous
 
 
-def check_impl(impl: str) -> str:
+def check_impl(impl: str, known: tuple[str, ...] = IMPLS) -> str:
     """`impl` itself, if it names an implementation."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}; got {impl!r}")
+    if impl not in known:
+        raise ValueError(f"impl: expected one of {', '.join(known)}; got {impl!r}")
     return impl
 
 
@@ -56,17 +58,19 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def resolve_impl(impl: str, x: torch.Tensor, not_in_triton: str | None = None) -> str:
-    """Returns "triton", "torch" or "reference" for an op on `x`.
-
-    The `torch` implementation is written for eager mode on a CPU. Elsewhere, and under
-    torch.compile, where Inductor fuses better than hand-chosen calls, it is the reference.
+def choose_impl(
+    impl: str,
+    x: torch.Tensor,
+    not_in_triton: str | None = None,
+    known: tuple[str, ...] = IMPLS,
+) -> str:
+    """Returns the implementation of `known` that an op on `x` was asked for; "auto" is decided.
 
     Arguments:
         not_in_triton: why the op's kernels can't take these arguments; "auto" then avoids them.
     """
-    check_impl(impl)
-    if impl == "auto":
+    check_impl(impl, known)
+    if impl == "auto" and _default_impl in known:
         impl = _default_impl
     if x.dtype == torch.float64:
         not_in_triton = "the kernels take fp32, fp16 and bf16, and x is fp64"
@@ -75,6 +79,16 @@ def resolve_impl(impl: str, x: torch.Tensor, not_in_triton: str | None = None) -
         impl = "triton" if on_gpu and not_in_triton is None else "torch"
     elif impl == "triton" and (reason := not_in_triton or why_not_triton(x.device)):
         raise BackendUnavailableError(f'impl="triton": {reason}')
+    return impl
+
+
+def resolve_impl(impl: str, x: torch.Tensor, not_in_triton: str | None = None) -> str:
+    """`choose_impl` of an op whose `torch` implementation is written for eager mode on a CPU.
+
+    Elsewhere, and under torch.compile, where Inductor fuses better than hand-chosen calls, it is
+    the reference.
+    """
+    impl = choose_impl(impl, x, not_in_triton)
     if impl == "torch" and (x.device.type != "cpu" or torch.compiler.is_compiling()):
         return "reference"
     return impl

@@ -1,0 +1,606 @@
+"""MediaLayout: which media each text token attends to, and the work that follows from it.
+
+Dimension names: B batch, L text tokens, N media of a sample, R tokens of a medium.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+ATTEND = ("previous", "next", "all_previous")
+
+
+def chunk_rows(seqlen: int) -> int:
+    """Rows of a medium that one work item takes at most, for rows of `seqlen` text tokens.
+
+    Of the media of random image positions the longest is several times the mean, and a GPU waits
+    for it; but each piece of a split medium reads K and V again, and its fp32 sums of dK and dV are
+    written and read. A sixteenth of a row keeps both, and the memory for those sums, small.
+    """
+    return max(128, _next_power_of_2(-(-seqlen // 16)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MediaLayout:
+    """Which media each text token attends to: an interval of its sample's media.
+
+    Make one with `from_media_locations` or `from_intervals`, once for each forward pass and outside
+    checkpointed regions: it holds the schedule of the kernels too. It is a pytree of its tensors,
+    so it passes through torch.compile, FSDP, DDP and activation checkpointing. Nothing here waits
+    for a GPU but `validate`, `==`, `repr` and `plot`.
+
+    Attributes:
+        media_start, media_end: (B, L) int32; the token attends to media [start, end) of its
+            sample. start == end: to none; of these, start == end == N has more image tokens
+            before it than there are media ("past the last medium").
+        cu_media: (B + 1,) int32; the media of sample b are cu_media[b]..cu_media[b + 1] of k and v.
+        media_seqlens: (media_total,) int32 or None; the valid tokens of each medium, its first
+            ones. A medium without any counts as nothing.
+        work_items: (items, 4) int32; medium, first row, end row, slot. Rows count through the
+            batch. A row is in exactly one item; medium -1 is for rows that attend to none. Longest
+            first. A medium with more than `chunk_rows(L)` rows has several items, each with a slot
+            for its sums; otherwise the slot is -1.
+        split_media: (entries, 3) int32; medium, first slot, end slot of the media with several
+            items; medium -1 in unused entries.
+        media_total: media of all samples.
+        max_media: media of a sample at most.
+        max_media_per_token: media a token attends to at most; it alone chooses the kernels.
+    """
+
+    media_start: torch.Tensor
+    media_end: torch.Tensor
+    cu_media: torch.Tensor
+    media_seqlens: torch.Tensor | None
+    work_items: torch.Tensor
+    split_media: torch.Tensor
+    media_total: int
+    max_media: int
+    max_media_per_token: int
+
+    @classmethod
+    def from_media_locations(
+        cls,
+        media_locations: torch.Tensor,
+        num_media: int | Sequence[int] | torch.Tensor,
+        attend: str = "previous",
+        *,
+        media_total: int | None = None,
+        media_seqlens: torch.Tensor | None = None,
+    ) -> "MediaLayout":
+        """The image-causal layouts, from where the image tokens are.
+
+        An image token itself attends to its image. With more image tokens than media, the tokens
+        from the first image token too many on attend to none ("all_previous": to all).
+
+        Arguments:
+            media_locations: (B, L) bool, True at image tokens (OpenFlamingo's argument).
+            num_media: media of every sample, or of each: B numbers, or a (B,) integer tensor.
+            attend: "previous": the last medium before the token (Flamingo, section 2.3); "next":
+                the first one after it (its appendix A.3.2, and Otter); "all_previous".
+            media_total: the sum of `num_media`, needed if that is a tensor on a GPU.
+            media_seqlens: (media_total,) integers, valid tokens of each medium.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name.
+        """
+        _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
+        if attend not in ATTEND:
+            raise ValueError(f"attend: expected one of {', '.join(ATTEND)}; got {attend!r}")
+        batch = media_locations.shape[0]
+        device = media_locations.device
+        cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
+        text_time = media_locations.cumsum(1, dtype=torch.int32)
+        if attend == "next":
+            text_time += ~media_locations
+        limit = (cu_media[1:] - cu_media[:-1])[:, None]
+        media_end = torch.minimum(text_time, limit)
+        if attend == "all_previous":
+            media_start = torch.zeros_like(media_end)
+        else:
+            media_start = torch.minimum((text_time - 1).clamp_(min=0), limit)
+        layout = cls._with_schedule(
+            media_start,
+            media_end,
+            cu_media,
+            _seqlens(media_seqlens, media_total, device),
+            media_total,
+            max_media,
+            max_media if attend == "all_previous" else 1,
+        )
+        if media_seqlens is not None:
+            layout._validate_on_cpu()
+        return layout
+
+    @classmethod
+    def from_intervals(
+        cls,
+        media_start: torch.Tensor,
+        media_end: torch.Tensor,
+        num_media: int | Sequence[int] | torch.Tensor,
+        max_media_per_token: int,
+        *,
+        media_total: int | None = None,
+        media_seqlens: torch.Tensor | None = None,
+    ) -> "MediaLayout":
+        """Any interval of media for each token.
+
+        With `max_media_per_token` 1, the media of a sample's tokens must not go back: each must be
+        that of the token before it or a later one. CPU tensors are validated, others are not.
+
+        Arguments:
+            media_start, media_end: (B, L) integers.
+            num_media, media_total, media_seqlens: as for `from_media_locations`.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name; a wrong value, by its token.
+        """
+        _check_integers("media_start", media_start, 2)
+        _check_integers("media_end", media_end, 2, like=media_start)
+        device = media_start.device
+        cu_media, media_total, max_media = _count_media(
+            num_media, media_start.shape[0], media_total, device
+        )
+        if not isinstance(max_media_per_token, int) or max_media_per_token < 0:
+            raise ValueError(
+                f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
+            )
+        layout = cls._with_schedule(
+            media_start.int(),
+            media_end.int(),
+            cu_media,
+            _seqlens(media_seqlens, media_total, device),
+            media_total,
+            max_media,
+            max_media_per_token,
+        )
+        layout._validate_on_cpu()
+        return layout
+
+    @classmethod
+    def _with_schedule(
+        cls,
+        media_start: torch.Tensor,
+        media_end: torch.Tensor,
+        cu_media: torch.Tensor,
+        media_seqlens: torch.Tensor | None,
+        media_total: int,
+        max_media: int,
+        max_media_per_token: int,
+    ) -> "MediaLayout":
+        work_items, split_media = _schedule(media_start, media_end, cu_media, media_total)
+        return cls(
+            media_start,
+            media_end,
+            cu_media,
+            media_seqlens,
+            work_items,
+            split_media,
+            media_total,
+            max_media,
+            max_media_per_token,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.media_start.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        return self.media_start.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.media_start.device
+
+    def attends(self) -> torch.Tensor:
+        """(B, L) bool: whether the token attends to anything."""
+        if self.media_seqlens is None:
+            return self.media_end > self.media_start
+        # Media with tokens among the first i of the flat axis.
+        counts = torch.zeros(self.media_total + 1, dtype=torch.int32, device=self.device)
+        counts[1:] = (self.media_seqlens > 0).cumsum(0)
+        first = self.cu_media[:-1, None]
+        start, end = (
+            counts[(first + bound).clamp_(0, self.media_total)]
+            for bound in (self.media_start, self.media_end)
+        )
+        return end > start
+
+    def past_last(self) -> torch.Tensor:
+        """(B, L) bool: whether more image tokens came before the token than there are media."""
+        num_media = (self.cu_media[1:] - self.cu_media[:-1])[:, None]
+        return (self.media_start == num_media) & (self.media_end == num_media) & (num_media > 0)
+
+    def to_mask(self) -> torch.Tensor:
+        """(B, L, max_media) bool: which media of its sample each token attends to."""
+        media = torch.arange(self.max_media, dtype=torch.int32, device=self.device)
+        inside = (media >= self.media_start[..., None]) & (media < self.media_end[..., None])
+        if self.media_seqlens is None:
+            return inside
+        flat = (self.cu_media[:-1, None] + media).clamp_(max=max(self.media_total - 1, 0))
+        if self.media_total == 0:
+            return inside
+        return inside & (self.media_seqlens[flat] > 0)[:, None]
+
+    def last(self, num_tokens: int) -> "MediaLayout":
+        """The layout of the last `num_tokens` tokens of each row, as for decoding."""
+        if not 0 <= num_tokens <= self.seqlen:
+            raise ValueError(
+                f"num_tokens: expected 0 to {self.seqlen}, the layout's length; got {num_tokens}"
+            )
+        first = self.seqlen - num_tokens
+        return self._with_tokens(self.media_start[:, first:], self.media_end[:, first:])
+
+    def _with_tokens(self, media_start: torch.Tensor, media_end: torch.Tensor) -> "MediaLayout":
+        return self._with_schedule(
+            media_start,
+            media_end,
+            self.cu_media,
+            self.media_seqlens,
+            self.media_total,
+            self.max_media,
+            self.max_media_per_token,
+        )
+
+    @staticmethod
+    def cat(layouts: Sequence["MediaLayout"], dim: int = 0) -> "MediaLayout":
+        """Concatenates along the batch (dim 0) or along the text (dim 1), there over equal media.
+
+        Raises:
+            ValueError: no layouts, another dim, or sizes that don't fit.
+        """
+        layouts = list(layouts)
+        if not layouts:
+            raise ValueError("layouts: expected at least one")
+        if dim not in (0, 1):
+            raise ValueError(f"dim: expected 0 (batch) or 1 (text), got {dim!r}")
+        first = layouts[0]
+        for index, layout in enumerate(layouts):
+            same = (
+                layout.seqlen == first.seqlen
+                if dim == 0
+                else (layout.batch_size, layout.media_total)
+                == (first.batch_size, first.media_total)
+            )
+            if not same or layout.device != first.device:
+                raise ValueError(
+                    f"layouts[{index}]: {layout._sizes()} does not fit layouts[0]: "
+                    f"{first._sizes()}, along dim {dim}"
+                )
+        start, end = (
+            torch.cat([getattr(layout, name) for layout in layouts], dim)
+            for name in ("media_start", "media_end")
+        )
+        if dim == 1:
+            combined = dataclasses.replace(
+                first, max_media_per_token=max(layout.max_media_per_token for layout in layouts)
+            )
+            return combined._with_tokens(start, end)
+        offsets = itertools.accumulate((layout.media_total for layout in layouts), initial=0)
+        cu_media = torch.cat(
+            [first.cu_media[:1]]
+            + [
+                layout.cu_media[1:] + offset
+                for layout, offset in zip(layouts, offsets, strict=False)
+            ]
+        )
+        return MediaLayout._with_schedule(
+            start,
+            end,
+            cu_media,
+            MediaLayout._cat_seqlens(layouts),
+            sum(layout.media_total for layout in layouts),
+            max(layout.max_media for layout in layouts),
+            max(layout.max_media_per_token for layout in layouts),
+        )
+
+    @staticmethod
+    def _cat_seqlens(layouts: Sequence["MediaLayout"]) -> torch.Tensor | None:
+        if all(layout.media_seqlens is None for layout in layouts):
+            return None
+        whole = torch.iinfo(torch.int32).max
+        return torch.cat(
+            [
+                layout.cu_media.new_full((layout.media_total,), whole)
+                if layout.media_seqlens is None
+                else layout.media_seqlens
+                for layout in layouts
+            ]
+        )
+
+    def to(self, device: torch.device | str) -> "MediaLayout":
+        return pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=True), self)
+
+    def validate(self) -> None:
+        """Checks the values; on a GPU it waits for them. Kernels never read out of bounds anyway.
+
+        Raises:
+            ValueError: names the first token, sample or medium that is wrong.
+        """
+        start, end, cu_media = self.media_start.cpu(), self.media_end.cpu(), self.cu_media.cpu()
+        num_media = cu_media.diff()
+        if cu_media[0] != 0 or cu_media[-1] != self.media_total or (num_media < 0).any():
+            raise ValueError(
+                f"cu_media: expected 0 to media_total {self.media_total}, never falling; "
+                f"got {cu_media.tolist()}"
+            )
+        if (num_media > self.max_media).any():
+            raise ValueError(f"num_media: at most {self.max_media} expected, got {num_media.max()}")
+        wrong = (start < 0) | (start > end) | (end > num_media[:, None])
+        self._refuse(wrong, start, end, "expected 0 <= start <= end <= {n} media of the sample")
+        wrong = end - start > self.max_media_per_token
+        limit = self.max_media_per_token
+        self._refuse(wrong, start, end, f"more than max_media_per_token {limit} media")
+        if limit == 1:
+            goes_back = torch.zeros_like(wrong)
+            goes_back[:, 1:] = self._order(start, end).diff(dim=1) < 0
+            self._refuse(goes_back, start, end, "its medium comes before that of the last token")
+        if self.media_seqlens is not None and (self.media_seqlens.cpu() < 0).any():
+            medium = int((self.media_seqlens.cpu() < 0).nonzero()[0])
+            raise ValueError(
+                f"media_seqlens: medium {medium} has {int(self.media_seqlens[medium])} tokens"
+            )
+
+    def _validate_on_cpu(self) -> None:
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.validate()
+
+    def _refuse(
+        self, wrong: torch.Tensor, start: torch.Tensor, end: torch.Tensor, reason: str
+    ) -> None:
+        if wrong.any():
+            sample, token = wrong.nonzero()[0].tolist()
+            num_media = int(self.cu_media[sample + 1] - self.cu_media[sample])
+            raise ValueError(
+                f"token {token} of sample {sample} attends to media "
+                f"[{int(start[sample, token])}, {int(end[sample, token])}): "
+                + reason.format(n=num_media)
+            )
+
+    @staticmethod
+    def _order(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """Grows along a sample whose media don't go back; rows without a medium lie between."""
+        return 2 * start + (end > start)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MediaLayout):
+            return NotImplemented
+        (leaves, spec), (other_leaves, other_spec) = map(pytree.tree_flatten, (self, other))
+        return spec == other_spec and all(
+            tensor.shape == theirs.shape
+            and tensor.device == theirs.device
+            and torch.equal(tensor, theirs)
+            for tensor, theirs in zip(leaves, other_leaves, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _sizes(self) -> str:
+        return (
+            f"{self.batch_size} x {self.seqlen} tokens, {self.media_total} media on {self.device}"
+        )
+
+    def __repr__(self) -> str:
+        per_token = self.max_media_per_token
+        attended = "one medium" if per_token == 1 else f"up to {per_token} media"
+        seqlens = "" if self.media_seqlens is None else ", media_seqlens"
+        return f"MediaLayout({self._sizes()}, {attended} a token{seqlens})"
+
+    def plot(self, sample: int = 0, ax: Any = None) -> Any:
+        """Draws what each token of one sample attends to; returns the matplotlib axes.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install 'flamingo_fast[bench]'`).
+            IndexError: there is no such sample.
+        """
+        try:
+            from matplotlib import pyplot as plt
+        except ImportError:
+            raise ImportError(
+                "MediaLayout.plot needs matplotlib: pip install 'flamingo_fast[bench]'"
+            ) from None
+        if not 0 <= sample < self.batch_size:
+            raise IndexError(f"sample: expected 0 to {self.batch_size - 1}, got {sample}")
+        num_media = int(self.cu_media[sample + 1] - self.cu_media[sample])
+        mask = self.to_mask()[sample, :, :num_media].cpu()
+        if ax is None:
+            ax = plt.figure(figsize=(8, 1.5 + min(num_media, 24) / 6), layout="constrained").gca()
+        extent = (-0.5, self.seqlen - 0.5, max(num_media, 1) - 0.5, -0.5)
+        image = mask.T.numpy() if num_media else torch.zeros(1, max(self.seqlen, 1)).numpy()
+        ax.imshow(
+            image, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, extent=extent
+        )
+        ax.set_xlabel("text token")
+        ax.set_ylabel("medium")
+        ax.yaxis.get_major_locator().set_params(integer=True)
+        silent = int((~self.attends()[sample]).sum())
+        ax.set_title(f"sample {sample}: {self.seqlen} tokens, {silent} attend to nothing")
+        return ax
+
+
+def _flatten(layout: MediaLayout) -> tuple[list[Any], tuple[int, ...]]:
+    leaves = [
+        layout.media_start,
+        layout.media_end,
+        layout.cu_media,
+        layout.media_seqlens,
+        layout.work_items,
+        layout.split_media,
+    ]
+    return leaves, (layout.media_total, layout.max_media, layout.max_media_per_token)
+
+
+def _unflatten(leaves: Any, context: Any) -> MediaLayout:
+    return MediaLayout(*leaves, *context)
+
+
+pytree.register_pytree_node(
+    MediaLayout,
+    _flatten,
+    _unflatten,
+    serialized_type_name="flamingo_fast.MediaLayout",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def num_slots(batch: int, seqlen: int) -> int:
+    """Work items of split media at most: one with more than a chunk of rows has at least two."""
+    return 2 * batch * (seqlen // chunk_rows(seqlen)) if seqlen > chunk_rows(seqlen) else 0
+
+
+def _check_integers(
+    name: str,
+    tensor: torch.Tensor,
+    dim: int,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64),
+    like: torch.Tensor | None = None,
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    if tensor.dim() != dim or (like is not None and tensor.shape != like.shape):
+        expected = "(B, L)" if like is None else str(tuple(like.shape))
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
+
+
+def _count_media(
+    num_media: int | Sequence[int] | torch.Tensor,
+    batch: int,
+    media_total: int | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, int, int]:
+    """(cu_media, media_total, max_media)."""
+    if isinstance(num_media, int) and not isinstance(num_media, bool):
+        if num_media < 0:
+            raise ValueError(f"num_media: expected an integer >= 0, got {num_media}")
+        cu_media = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_media
+        max_media = num_media
+        total = batch * num_media
+    elif isinstance(num_media, torch.Tensor) and num_media.device.type != "cpu":
+        _check_counts(num_media, batch)
+        if media_total is None:
+            raise ValueError(
+                "media_total: expected the sum of num_media, a tensor on "
+                f"{num_media.device} whose values are not waited for"
+            )
+        cu_media = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+        cu_media[1:] = num_media.to(device).cumsum(0)
+        return cu_media, media_total, media_total
+    else:
+        if isinstance(num_media, torch.Tensor):
+            _check_counts(num_media, batch)
+            counts = num_media.tolist()
+        else:
+            counts = list(num_media) if isinstance(num_media, Sequence) else []
+        if len(counts) != batch or not all(
+            isinstance(count, int) and count >= 0 for count in counts
+        ):
+            raise ValueError(
+                f"num_media: expected an integer >= 0, {batch} of them or a ({batch},) integer "
+                f"tensor; got {num_media!r}"
+            )
+        cu_media = torch.tensor(
+            list(itertools.accumulate(counts, initial=0)), dtype=torch.int32, device=device
+        )
+        max_media = max(counts, default=0)
+        total = sum(counts)
+    if media_total not in (None, total):
+        raise ValueError(f"media_total: num_media adds up to {total}, got {media_total}")
+    return cu_media, total, max_media
+
+
+def _check_counts(num_media: torch.Tensor, batch: int) -> None:
+    if num_media.is_floating_point() or num_media.dtype == torch.bool:
+        raise TypeError(f"num_media: expected integers, got {num_media.dtype}")
+    if num_media.shape != (batch,):
+        raise ValueError(f"num_media: expected shape ({batch},), got {tuple(num_media.shape)}")
+
+
+def _seqlens(
+    media_seqlens: torch.Tensor | None, media_total: int, device: torch.device
+) -> torch.Tensor | None:
+    if media_seqlens is None:
+        return None
+    if media_seqlens.is_floating_point() or media_seqlens.dtype == torch.bool:
+        raise TypeError(f"media_seqlens: expected integers, got {media_seqlens.dtype}")
+    if media_seqlens.shape != (media_total,) or media_seqlens.device != device:
+        raise ValueError(
+            f"media_seqlens: expected shape ({media_total},) on {device}, "
+            f"got {tuple(media_seqlens.shape)} on {media_seqlens.device}"
+        )
+    return media_seqlens.int()
+
+
+def _schedule(
+    media_start: torch.Tensor, media_end: torch.Tensor, cu_media: torch.Tensor, media_total: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(work_items, split_media), by sorted searches: nothing is read back, sizes are bounds.
+
+    Segments are the rows of each medium and, before and after each sample's, those without one.
+    """
+    batch, seqlen = media_start.shape
+    chunk = chunk_rows(seqlen)
+    device = media_start.device
+    rows = batch * seqlen
+    # Sorted: 2 * g + 1 for rows of medium g, 2 * g for rows between media g - 1 and g.
+    first = cu_media[:-1, None]
+    keys = (2 * (first + media_start) + (media_end > media_start)).flatten()
+    media = torch.arange(media_total, dtype=torch.int32, device=device)
+    wanted = torch.cat([2 * media + 1, 2 * cu_media])
+    begin = torch.searchsorted(keys, wanted, out_int32=True)
+    end = torch.searchsorted(keys, wanted, right=True, out_int32=True)
+    # The rows between two samples once, even if the samples between them have no media.
+    end[media_total:-1] = torch.where(
+        cu_media[1:] == cu_media[:-1], begin[media_total:-1], end[media_total:-1]
+    )
+    medium = torch.cat([media, torch.full_like(cu_media, -1)])
+    pieces = (end - begin + (chunk - 1)) // chunk
+    # Media without rows have an item too, which writes their gradients: zeros.
+    pieces[:media_total].clamp_(min=1)
+    cu_items = pieces.cumsum(0, dtype=torch.int32)
+    num_items = media_total + batch + 1 + rows // chunk if rows else 0
+    item = torch.arange(num_items, dtype=torch.int32, device=device)
+    segment = torch.searchsorted(cu_items, item, right=True, out_int32=True)
+    used = segment < len(medium)
+    segment = torch.where(used, segment, 0)
+    piece = item - (cu_items - pieces)[segment]
+    item_begin = begin[segment] + piece * chunk
+    item_end = torch.minimum(item_begin + chunk, end[segment])
+    is_split = pieces[:media_total] > 1
+    cu_slots = torch.where(is_split, pieces[:media_total], 0).cumsum(0, dtype=torch.int32)
+    first_slot = torch.full_like(pieces, -1)
+    first_slot[:media_total] = torch.where(is_split, cu_slots - pieces[:media_total], -1)
+    slot = torch.where(first_slot[segment] >= 0, first_slot[segment] + piece, -1)
+    items = torch.stack(
+        [
+            torch.where(used, medium[segment], -1),
+            torch.where(used, item_begin, 0),
+            torch.where(used, item_end, 0),
+            torch.where(used, slot, -1),
+        ],
+        1,
+    )
+    longest_first = torch.sort(items[:, 2] - items[:, 1], descending=True, stable=True).indices
+    entries = batch * (seqlen // chunk) if num_slots(batch, seqlen) else 0
+    entry = torch.arange(1, min(entries, media_total) + 1, dtype=torch.int32, device=device)
+    index = torch.searchsorted(is_split.cumsum(0, dtype=torch.int32), entry, out_int32=True)
+    found = index < media_total
+    index = torch.where(found, index, 0)
+    split_media = torch.stack(
+        [torch.where(found, index, -1), first_slot[index], cu_slots[index]], 1
+    )
+    return items[longest_first], split_media

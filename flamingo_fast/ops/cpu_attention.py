@@ -1,0 +1,176 @@
+"""The `torch` implementation of masked_cross_attention where a token attends to one medium.
+
+Each medium's own rows meet its own keys, a few library calls for each: nothing is padded, masked or
+gathered. Rows go in blocks, so that temporaries stay small beside q.
+
+The forward is PyTorch's flash kernel. Its backward takes several times as long as the matrix
+products that it consists of, in bf16 most of all, so those are called one by one, in fp32: for so
+few rows oneDNN's bf16 products gain nothing over fp32 ones but the rounding.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+# The flash kernel's temporaries are one block of out; the backward's are eight times that.
+_FORWARD_BLOCK, _BACKWARD_BLOCK = 512, 128
+
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
+
+
+def _media_rows(work_items: torch.Tensor) -> dict[int, list[tuple[int, int]]]:
+    """The row ranges of each medium; those of rows that attend to nothing under -1.
+
+    In the order of the rows, which the processor prefetches, not in that of the schedule.
+    """
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for medium, begin, end, _ in sorted(work_items.tolist(), key=lambda item: item[1]):
+        ranges.setdefault(medium, []).append((begin, end))
+    return ranges
+
+
+def _blocks(ranges: list[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of blocks that cover the ranges."""
+    for begin, end in ranges:
+        for start in range(begin, end, length):
+            yield start, min(length, end - start)
+
+
+def _heads_first(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """A view (1, H, B * L, D) of (B, L, H, D); with fewer key/value heads (1, Hkv, B * L, G, D)."""
+    rows = tensor.flatten(0, 1)
+    if rows.shape[1] != kv_heads:
+        rows = rows.unflatten(1, (kv_heads, -1))
+    return rows.transpose(0, 1)[None]
+
+
+def _num_valid(media_seqlens: torch.Tensor | None, k: torch.Tensor) -> list[int]:
+    if media_seqlens is None:
+        return [k.shape[1]] * k.shape[0]
+    return media_seqlens.clamp(0, k.shape[1]).tolist()
+
+
+def one_medium_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    work_items: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Contiguous, of q's shape and dtype."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if q.numel() == 0:
+        return out
+    kv_heads = k.shape[2]
+    q_rows, out_rows = _heads_first(q, kv_heads), _heads_first(out, kv_heads)
+    keys, values = (tensor.transpose(1, 2).unsqueeze(1).unbind(0) for tensor in (k, v))
+    num_valid = _num_valid(media_seqlens, k)
+    for medium, ranges in _media_rows(work_items).items():
+        if medium < 0 or num_valid[medium] == 0:
+            for begin, end in ranges:
+                out_rows[:, :, begin:end].zero_()
+            continue
+        medium_k = keys[medium].narrow(2, 0, num_valid[medium])
+        medium_v = values[medium].narrow(2, 0, num_valid[medium])
+        for start, rows in _blocks(ranges, _FORWARD_BLOCK):
+            queries = q_rows.narrow(2, start, rows).flatten(2, -2)
+            attended = F.scaled_dot_product_attention(
+                queries, medium_k, medium_v, scale=softmax_scale
+            )
+            block = out_rows.narrow(2, start, rows)
+            block.copy_(attended.view(block.shape))
+    return out
+
+
+class _Buffers:
+    """fp32 (fp64) memory for the tensors of one block, reused for all."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, longest: int) -> None:
+        _, num_keys, self.kv_heads, self.head_dim = k.shape
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        rows = min(longest, _BACKWARD_BLOCK) * (q.shape[2] // self.kv_heads)
+        self._rows = [
+            q.new_empty(self.kv_heads * rows * self.head_dim, dtype=self.dtype) for _ in range(2)
+        ]
+        self._scores = [
+            q.new_empty(self.kv_heads * rows * num_keys, dtype=self.dtype) for _ in range(2)
+        ]
+        self._keys = [
+            q.new_empty(self.kv_heads * num_keys * self.head_dim, dtype=self.dtype)
+            for _ in range(4)
+        ]
+
+    def _take(self, memory: list[torch.Tensor], rows: int, width: int) -> list[torch.Tensor]:
+        numel = self.kv_heads * rows * width
+        return [buffer[:numel].view(self.kv_heads, rows, width) for buffer in memory]
+
+    def rows(self, num_rows: int) -> list[torch.Tensor]:
+        return self._take(self._rows, num_rows, self.head_dim)
+
+    def scores(self, num_rows: int, num_keys: int) -> list[torch.Tensor]:
+        return self._take(self._scores, num_rows, num_keys)
+
+    def keys(self, num_keys: int) -> list[torch.Tensor]:
+        return self._take(self._keys, num_keys, self.head_dim)
+
+
+def one_medium_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    work_items: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    softmax_scale: float,
+    dq: torch.Tensor,
+    dkv: torch.Tensor,
+) -> None:
+    """Fills dq, contiguous, and dkv, (2, media_total, R, Hkv, D); either may have no elements."""
+    need_dq, need_dkv = dq.numel() > 0, dkv.numel() > 0
+    kv_heads = k.shape[2]
+    group = q.shape[2] // kv_heads
+    q_rows, dout_rows = _heads_first(q, kv_heads), _heads_first(dout, kv_heads)
+    dq_rows = _heads_first(dq, kv_heads) if need_dq else dq
+    num_valid = _num_valid(media_seqlens, k)
+    media_rows = _media_rows(work_items)
+    longest = max((end - begin for r in media_rows.values() for begin, end in r), default=0)
+    buffers = _Buffers(q, k, longest)
+    for medium, ranges in media_rows.items():
+        valid = num_valid[medium] if medium >= 0 else 0
+        has_rows = any(begin < end for begin, end in ranges)
+        if valid == 0:
+            for begin, end in ranges if need_dq else ():
+                dq_rows[:, :, begin:end].zero_()
+        if valid == 0 or not has_rows:
+            if medium >= 0 and need_dkv:
+                dkv[:, medium].zero_()
+            continue
+        medium_k, medium_v, dk, dv = buffers.keys(valid)
+        medium_k.copy_(k[medium, :valid].transpose(0, 1))
+        medium_v.copy_(v[medium, :valid].transpose(0, 1))
+        so_far = 0
+        for start, rows in _blocks(ranges, _BACKWARD_BLOCK):
+            queries, douts = buffers.rows(rows * group)
+            for buffer, source in ((queries, q_rows), (douts, dout_rows)):
+                block = source.narrow(2, start, rows)
+                buffer.view(block.shape).copy_(block)
+            p, ds = buffers.scores(rows * group, valid)
+            torch.baddbmm(p, queries, medium_k.mT, beta=0, alpha=softmax_scale, out=p)
+            torch.softmax(p, -1, out=p)
+            torch.bmm(douts, medium_v.mT, out=ds)
+            if need_dkv:
+                torch.baddbmm(dv, p.mT, douts, beta=so_far, out=dv)
+            _softmax_backward(ds, p, -1, p.dtype, grad_input=ds)
+            if need_dkv:
+                torch.baddbmm(dk, ds.mT, queries, beta=so_far, alpha=softmax_scale, out=dk)
+            so_far = 1
+            if need_dq:
+                torch.baddbmm(queries, ds, medium_k, beta=0, alpha=softmax_scale, out=queries)
+                block = dq_rows.narrow(2, start, rows)
+                block.copy_(queries.view(block.shape))
+        if need_dkv:
+            for gradient, total in zip(dkv[:, medium], (dk, dv), strict=True):
+                gradient[:valid].copy_(total.transpose(0, 1))
+                gradient[valid:].zero_()

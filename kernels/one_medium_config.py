@@ -1,0 +1,73 @@
+"""Launch configurations of attention where a token attends to one medium, from shapes alone."""
+
+import dataclasses
+
+import torch
+import triton
+
+from flamingo_fast.kernels.launch import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class OneMediumConfig:
+    """BLOCK_M counts packed query rows; TRANSPOSE_DQ computes dQ as the transpose of K^T dS^T."""
+
+    BLOCK_M: int
+    BLOCK_R: int
+    BLOCK_D: int
+    TRANSPOSE_DQ: bool
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def _block(size: int) -> int:
+    return max(triton.next_power_of_2(size), 16)
+
+
+def _block_m(rows_per_medium: float) -> int:
+    """Half a tile of each medium is wasted: small beside its rows, yet wide enough to be worth it.
+
+    A tile may not depend on the rows that a medium really has: nobody waits to read them.
+    """
+    return 32 if rows_per_medium > 24 else 16
+
+
+def _has_wide_matrix_unit(target: Target) -> bool:
+    """wgmma and tcgen05 read operands from shared memory; mma.sync and MFMA from registers."""
+    return target.arch in ("sm_90", "sm_100")
+
+
+def forward_config(
+    rows_per_medium: float, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
+) -> OneMediumConfig:
+    block_r, block_d = _block(num_keys), _block(head_dim)
+    if dtype == torch.float32:
+        return OneMediumConfig(16, block_r, block_d, True, num_warps=8, num_stages=1)
+    num_warps = 4 if block_r * block_d <= 128 * 128 else 8
+    block_m = _block_m(rows_per_medium)
+    num_stages = 1 if target.arch == "gfx942" else 2
+    return OneMediumConfig(block_m, block_r, block_d, True, num_warps, num_stages)
+
+
+def backward_config(
+    rows_per_medium: float, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
+) -> OneMediumConfig:
+    """Two blocks an SM for 64 keys of up to 128 elements, on sm_80 and sm_90 too.
+
+    The fp32 sums of dK and dV fill 128 registers a thread at 64 keys of 128 elements with 4 warps.
+    128 keys of 128 elements take 8 warps, and with them one block an SM.
+    """
+    block_r, block_d = _block(num_keys), _block(head_dim)
+    if dtype == torch.float32:
+        return OneMediumConfig(16, block_r, block_d, False, num_warps=8, num_stages=1)
+    block_m = _block_m(rows_per_medium)
+    wide = _has_wide_matrix_unit(target)
+    if block_d > (128 if wide else 64):
+        block_m = 16  # 32 rows spill on sm_89 and sm_120
+    num_warps = 4 if block_r * block_d <= 64 * 128 else 8
+    # On sm_100 a second stage doubles the code and spills in the dQ-only kernel.
+    num_stages = 1 if target.arch in ("sm_100", "gfx942") else 2
+    # For a third block an SM ptxas would spill.
+    max_registers = 255 if target.arch == "sm_100" and block_r > 64 else None
+    return OneMediumConfig(block_m, block_r, block_d, wide, num_warps, num_stages, max_registers)
