@@ -6,12 +6,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Installed only where PyTorch brings no Triton of its own; its CPU builds don't.
 TRITON ?= triton==3.9.0
+# What we compare with, without what they require: an old PyTorch, which would replace ours.
+PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PEERS)' | cksum | cut -d' ' -f1)
 
 # $(call timed,name,command): runs the command and prints its seconds.
 timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start )) s"
@@ -47,11 +49,12 @@ $(STAMP): pyproject.toml setup.py
 	  echo "make: $(PYTHON) can't create virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
 	@set -e; start=$$(date +%s); echo "install: $(TORCH) and the dev extra into $(VENV) ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	$(PIP) install 'pip>=22.3' $(TORCH); \
+	$(PIP) install --no-warn-conflicts 'pip>=22.3' $(TORCH); \
 	if [ -n "$(TRITON)" ] && [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'from importlib import metadata; \
 	  raise SystemExit(not any(r.startswith("triton") for r in metadata.requires("torch")))'; \
 	then $(PIP) install $(TRITON); fi; \
 	$(PIP) install -e '.[dev]'; \
+	$(PIP) install --no-deps $(PEERS); \
 	rm -f $(VENV)/.installed-*; touch $@; \
 	echo "install: $$(( $$(date +%s) - start )) s"
 

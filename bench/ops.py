@@ -10,7 +10,7 @@ import torch
 
 import flamingo_fast
 from flamingo_fast.bench import work
-from flamingo_fast.bench.registry import Benchmark, Provider, Shape, Unavailable, normal
+from flamingo_fast.bench.registry import Benchmark, Case, Provider, Shape, Unavailable, normal
 from flamingo_fast.testing import eager
 
 EPS = 1e-5
@@ -51,8 +51,8 @@ def _gated_residual_layer_norm_in_fp32(
 def _liger(function: str, compute: Callable[..., Any]) -> Provider:
     """`compute(liger, *inputs)`; `function` is of liger_kernel.transformers.functional."""
 
-    def build(device: torch.device) -> Callable[..., Any]:
-        if device.type != "cuda":
+    def build(case: Case, mode: str) -> Callable[..., Any]:
+        if case.device.type != "cuda":
             raise Unavailable("Liger's kernels need a GPU")
         try:
             functional = importlib.import_module("liger_kernel.transformers.functional")
@@ -117,7 +117,7 @@ BENCHMARKS = {
             work=functools.partial(_norm_work, work.gated_residual_norm, rms=False),
             eager_work=work.gated_residual_norm_eager,
             others=(
-                Provider("eager_fp32", lambda device: _gated_residual_layer_norm_in_fp32),
+                Provider("eager_fp32", lambda case, mode: _gated_residual_layer_norm_in_fp32),
                 _liger("liger_layer_norm", _liger_gated_residual_layer_norm),
             ),
         ),
@@ -140,7 +140,7 @@ BENCHMARKS = {
             work=functools.partial(_norm_work, work.norm, rms=False),
             eager_work=work.norm,
             others=(
-                Provider("eager_fp32", lambda device: _layer_norm_in_fp32),
+                Provider("eager_fp32", lambda case, mode: _layer_norm_in_fp32),
                 _liger("liger_layer_norm", lambda liger, *inputs: liger(*inputs, EPS)),
             ),
         ),

@@ -5,11 +5,13 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from flamingo_fast.bench import ops
+from flamingo_fast.bench import attention, ops
 from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_name
 
-BENCHMARKS: Mapping[str, Benchmark] = ops.BENCHMARKS
+BENCHMARKS: Mapping[str, Benchmark] = {**ops.BENCHMARKS, **attention.BENCHMARKS}
 BASELINE = "eager"
+# Providers that take seconds to compile.
+_COMPILED = ("compile", "flex_attention")
 
 # PyTorch counts the bytes of a tensor in 63 bits.
 _MAX_NUMEL = 2**59
@@ -17,13 +19,17 @@ _MAX_NUMEL = 2**59
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`cases` are (benchmark, shape, dtype); `left_out` are providers left out by --quick."""
+    """`cases` are (benchmark, shape, dtype); `left_out` are providers left out by --quick.
+
+    `growth`: shapes differ in the number of images alone, for a plot against it.
+    """
 
     cases: tuple[tuple[Benchmark, Shape, str], ...]
     modes: tuple[str, ...]
     providers: tuple[str, ...]
     left_out: tuple[str, ...]
     quick: bool
+    growth: bool = False
 
     @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
@@ -47,21 +53,30 @@ def make_plan(
     modes: Sequence[str] = (),
     providers: Sequence[str] = (),
     quick: bool = False,
+    growth: bool = False,
 ) -> Plan:
     """An empty selection is everything. `quick`: one small shape, without torch.compile.
 
-    The baseline always runs, since every ratio is to it.
+    The baseline always runs, since every ratio is to it. Shapes without ops are for the ops that
+    have as many dimensions. `growth`: attention with more and more images; by default its baseline,
+    ours and sdpa.
 
     Raises:
         ValueError: an unknown name or a shape that an op can't have, and what was expected.
     """
+    if growth:
+        if ops or shapes:
+            raise ValueError("growth chooses its op and shapes; give no --op and no --shape")
+        ops = (attention.NAME,)
+        shapes = tuple(map(shape_name, attention.growth_shapes(quick)))
+        providers = providers or ("ours", "sdpa")
     _check_names("op", ops, BENCHMARKS)
     _check_names("dtype", dtypes, DTYPES)
     _check_names("mode", modes, MODES)
-    benchmarks = [BENCHMARKS[name] for name in dict.fromkeys(ops or BENCHMARKS)]
+    benchmarks = [BENCHMARKS[name] for name in dict.fromkeys(ops or _fitting(shapes))]
     known = _provider_names(benchmarks)
     _check_names("provider", providers, known)
-    left_out = ("compile",) if quick and not providers else ()
+    left_out = _COMPILED if quick and not providers else ()
     return Plan(
         cases=tuple(
             (benchmark, shape, dtype)
@@ -77,7 +92,16 @@ def make_plan(
         ),
         left_out=left_out,
         quick=quick,
+        growth=growth,
     )
+
+
+def _fitting(shapes: Sequence[str]) -> Sequence[str]:
+    """Ops with as many dimensions as every shape has numbers; all if there are none."""
+    counts = {shape.count("x") + 1 for shape in shapes}
+    return [name for name, each in BENCHMARKS.items() if counts == {len(each.dims)}] or [
+        *BENCHMARKS
+    ]
 
 
 def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -1,9 +1,12 @@
-"""The plot of a run: how near each provider comes to the measured copy bandwidth."""
+"""The plots: how near each provider comes to the copy bandwidth, and what more images cost."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from flamingo_fast.bench import attention
 from flamingo_fast.bench.run import Results
+from flamingo_fast.bench.timing import Quantiles
 
 
 def import_pyplot() -> Any:
@@ -38,29 +41,40 @@ def plot(results: Results, path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     columns = zip(*values, strict=True)
-    _, kernels, providers, modes, shapes, dtypes = (list(dict.fromkeys(c)) for c in columns)
+    _, _, providers, modes, shapes, dtypes = (list(dict.fromkeys(c)) for c in columns)
     across = [(dtype, mode) for dtype in dtypes for mode in modes]
+    # Of a shape only the ops and providers that have it: most have not.
+    of_shape = {
+        shape: [list(dict.fromkeys(case[i] for case in values if case[4] == shape)) for i in (1, 2)]
+        for shape in shapes
+    }
+    bars_of_shape = [len(kernels) * len(present) for kernels, present in of_shape.values()]
     figure, axes = pyplot.subplots(
         len(shapes),
         len(across),
-        figsize=(1.5 + 3.6 * len(across), 1.6 + 0.22 * len(kernels) * len(providers) * len(shapes)),
+        figsize=(1.5 + 3.6 * len(across), 1.6 + sum(0.5 + 0.22 * bars for bars in bars_of_shape)),
+        height_ratios=[2 + bars for bars in bars_of_shape],
         sharex="col",
-        sharey=True,
+        sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    height = 0.8 / len(providers)
-    for row, shape in zip(axes, shapes, strict=True):
+    handles: dict[str, Any] = {}
+    for row, (shape, (kernels, present)) in zip(axes, of_shape.items(), strict=True):
+        height = 0.8 / len(present)
         for axis, (dtype, mode) in zip(row, across, strict=True):
             axis.set_title(f"{shape} {dtype} {mode}", fontsize=9)
             ceiling = axis.axvline(results.ceilings.copy.p50, color="black", linestyle="--", lw=1)
-            for index, provider in enumerate(providers):
+            for index, provider in enumerate(present):
                 found = [
-                    (y + (index - (len(providers) - 1) / 2) * height, bandwidth, speedup)
+                    (
+                        y + (index - (len(present) - 1) / 2) * height,
+                        bandwidth,
+                        values.get(("speedup", *case)),
+                    )
                     for y, kernel in enumerate(kernels)
                     if (case := (kernel, provider, mode, shape, dtype))
                     and (bandwidth := values.get(("bandwidth", *case)))
-                    and (speedup := values.get(("speedup", *case)))
                 ]
                 if not found:
                     continue
@@ -74,25 +88,83 @@ def plot(results: Results, path: Path) -> None:
                         [value.p80 - value.p50 for value in bandwidths],
                     ),
                     error_kw={"lw": 0.8},
-                    color=f"C{index}",
-                    label=provider,
+                    color=f"C{providers.index(provider)}",
                 )
-                labels = [f" {value.p50:.2f}x" for value in speedups]
+                handles.setdefault(provider, bars)
+                labels = [f" {value.p50:.2f}x" if value else "" for value in speedups]
                 axis.bar_label(bars, labels, fontsize=7, padding=2)
             axis.set_yticks(range(len(kernels)), kernels, fontsize=8)
             axis.tick_params(axis="x", labelsize=8)
             axis.margins(x=0.2)
-    axes[0][0].invert_yaxis()
+        row[0].invert_yaxis()
     for axis in axes[-1]:
         axis.set_xlabel("useful GB/s", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(
-        [*handles, ceiling],
-        [*labels, "measured copy"],
+        [*handles.values(), ceiling],
+        [*handles, "measured copy"],
         loc="outside lower center",
-        ncols=len(labels) + 1,
+        ncols=len(handles) + 1,
         fontsize=8,
     )
     figure.suptitle(str(results.environment), fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_growth(results: Results, path: Path) -> None:
+    """Time (above) and memory (below) against the number of images; a line for each provider.
+
+    Bands are p20 to p80. Without any number there is no plot, nor one of an earlier run.
+    """
+    pyplot = import_pyplot()
+    images = attention.DIMS.index("N")
+    lines: dict[tuple[str, str, str, str], list[tuple[int, Quantiles]]] = {}
+    for m in results.measurements:
+        if m.kernel == attention.NAME and m.metric in ("time", "peak_memory"):
+            line = lines.setdefault((m.metric, m.dtype, m.mode, m.provider), [])
+            line.append((int(m.shape.split("x")[images]), m.value))
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    _, dtypes, modes, providers = (list(dict.fromkeys(c)) for c in zip(*lines, strict=True))
+    across = [(dtype, mode) for dtype in dtypes for mode in modes]
+    figure, axes = pyplot.subplots(
+        2,
+        len(across),
+        figsize=(1.5 + 2.8 * len(across), 6),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (metric, label) in zip(axes, (("time", "ms"), ("peak_memory", "MB")), strict=True):
+        row[0].set_ylabel(f"{metric.replace('_', ' ')}, {label}", fontsize=8)
+        for axis, (dtype, mode) in zip(row, across, strict=True):
+            axis.set_title(f"{dtype} {mode}", fontsize=9)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_yscale("log")
+            axis.tick_params(labelsize=8)
+            for index, provider in enumerate(providers):
+                line = sorted(
+                    lines.get((metric, dtype, mode, provider), ()), key=lambda point: point[0]
+                )
+                counts = [count for count, _ in line]
+                values = [value for _, value in line]
+                low, middle, high = (
+                    [getattr(value, name) for value in values] for name in ("p20", "p50", "p80")
+                )
+                axis.plot(counts, middle, marker=".", color=f"C{index}", label=provider)
+                axis.fill_between(counts, low, high, color=f"C{index}", alpha=0.3, lw=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("images", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    shape = next(shape for _, shape, _ in results.plan.cases)
+    sizes = ", ".join(
+        f"{name} {size}" for name, size in zip(attention.DIMS, shape, strict=True) if name != "N"
+    )
+    environment = textwrap.fill(str(results.environment), 28 * (1 + len(across)))
+    figure.suptitle(f"{attention.NAME}, {sizes}\n{environment}", fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

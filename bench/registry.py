@@ -36,10 +36,13 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """`build(device)` returns a function of the benchmark's inputs, or raises Unavailable."""
+    """`build(case, mode)` returns a function of the case's inputs, or raises Unavailable.
+
+    What it makes of the inputs beforehand, such as a mask, is not timed.
+    """
 
     name: str
-    build: Callable[[torch.device], Callable[..., Any]]
+    build: Callable[["Case", str], Callable[..., Any]]
 
 
 def require_cpp() -> None:
@@ -56,18 +59,24 @@ def require_cpp() -> None:
         raise Unavailable(f"torch.compile needs Python's headers on a CPU, and {header} is missing")
 
 
-def _compiled(eager: Callable[..., Any]) -> Provider:
-    def build(device: torch.device) -> Callable[..., Any]:
-        if device.type == "cpu":
-            require_cpp()
-        if device.type == "cuda" and not TRITON_INSTALLED:
-            raise Unavailable("torch.compile needs Triton on a GPU")
-        # Precompiling headers takes an openssl program, which fails now and then.
-        torch._inductor.config.cpp_cache_precompile_headers = False
+def require_inductor(device: torch.device) -> None:
+    """Raises Unavailable if torch.compile can't build what it generates for `device`."""
+    if device.type == "cpu":
+        require_cpp()
+    if device.type == "cuda" and not TRITON_INSTALLED:
+        raise Unavailable("torch.compile needs Triton on a GPU")
+    # Precompiling headers takes an openssl program, which fails now and then.
+    torch._inductor.config.cpp_cache_precompile_headers = False
+
+
+def _compiled(benchmark: "Benchmark") -> Provider:
+    def build(case: "Case", mode: str) -> Callable[..., Any]:
+        require_inductor(case.device)
+        benchmark.check_eager(case, True)
         # Else the graphs of earlier shapes count towards Dynamo's recompile limit, and a
         # function that reaches it silently runs in eager mode.
         torch.compiler.reset()
-        return torch.compile(eager, dynamic=False)
+        return torch.compile(benchmark.eager, dynamic=False)
 
     return Provider("compile", build)
 
@@ -83,6 +92,7 @@ class Benchmark:
     eager, ours: functions of the inputs; `ours` also takes `impl`, and with impl="reference" is
         the oracle.
     work, eager_work: (shape, itemsize, mode) -> useful work of the op, and of `eager`.
+    check_eager: (case, compiled) raises Unavailable where `eager` takes too much memory or time.
     """
 
     name: str
@@ -97,16 +107,21 @@ class Benchmark:
     work: Callable[[Shape, int, str], Work]
     eager_work: Callable[[Shape, int, str], Work]
     others: tuple[Provider, ...] = ()
+    check_eager: Callable[["Case", bool], None] = lambda case, compiled: None
 
     @property
     def providers(self) -> tuple[Provider, ...]:
         """The baseline comes first."""
         return (
-            Provider("eager", lambda device: self.eager),
-            _compiled(self.eager),
-            Provider("ours", lambda device: self.ours),
+            Provider("eager", self._build_eager),
+            _compiled(self),
+            Provider("ours", lambda case, mode: self.ours),
             *self.others,
         )
+
+    def _build_eager(self, case: "Case", mode: str) -> Callable[..., Any]:
+        self.check_eager(case, False)
+        return self.eager
 
 
 def normal(
@@ -120,18 +135,18 @@ def normal(
 class Case:
     """One benchmark at one shape and dtype: the inputs that all its providers share.
 
-    `expected` has the reference's outputs by name and its gradients as "d" + input name.
+    `inputs` has them by name, in the functions' order; `expected` the reference's outputs by name
+    and its gradients as "d" + input name.
     """
 
     def __init__(
         self, benchmark: Benchmark, shape: Shape, dtype: str, device: torch.device
     ) -> None:
         self.benchmark, self.shape, self.dtype, self.device = benchmark, shape, dtype, device
-        inputs = benchmark.make_inputs(shape, DTYPES[dtype], device)
-        self._inputs = tuple(inputs.values())
+        self.inputs = benchmark.make_inputs(shape, DTYPES[dtype], device)
         self._leaves = {
             name: value.requires_grad_()
-            for name, value in inputs.items()
+            for name, value in self.inputs.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         }
         self.expected = self._expected()
@@ -140,7 +155,7 @@ class Case:
         return f"{self.benchmark.name} {shape_name(self.shape)} {self.dtype}"
 
     def _expected(self) -> dict[str, torch.Tensor]:
-        outputs = _as_tuple(self.benchmark.ours(*self._inputs, impl="reference"))
+        outputs = _as_tuple(self.benchmark.ours(*self.inputs.values(), impl="reference"))
         # A mean other than 0 keeps the gate's gradient, a sum over everything, from cancelling
         # to something whose relative error means nothing.
         self._douts = tuple(
@@ -167,13 +182,13 @@ class Case:
         if mode == "fwd":
             inputs = tuple(
                 value.detach() if isinstance(value, torch.Tensor) else value
-                for value in self._inputs
+                for value in self.inputs.values()
             )
             return lambda: _as_tuple(function(*inputs))
-        leaves = tuple(self._leaves.values())
+        all_inputs, leaves = tuple(self.inputs.values()), tuple(self._leaves.values())
 
         def forward_and_backward() -> tuple[torch.Tensor, ...]:
-            outputs = _as_tuple(function(*self._inputs))
+            outputs = _as_tuple(function(*all_inputs))
             return *outputs, *torch.autograd.grad(outputs, leaves, self._douts)
 
         return forward_and_backward

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from flamingo_fast.bench import roofline
 from flamingo_fast.bench.plan import BASELINE, Plan
-from flamingo_fast.bench.plot import import_pyplot, plot
+from flamingo_fast.bench.plot import import_pyplot, plot, plot_growth
 from flamingo_fast.bench.records import Measurement, read_csv, write_csv
 from flamingo_fast.bench.registry import DTYPES, shape_name
 from flamingo_fast.bench.run import Results
@@ -87,9 +87,10 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
             *case,
             _digits(found["time"].value.p50),
             _range(found["time"]),
-            f"{found['speedup'].value.p50:.2f}",
+            f"{found['speedup'].value.p50:.2f}" if "speedup" in found else "",
             _digits(found["bandwidth"].value.p50),
             f"{found['of_copy_ceiling'].value.p50:.0f}",
+            _digits(found["peak_memory"].value.p50),
         ]
         for case, found in by_case.items()
         if "time" in found
@@ -98,13 +99,14 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
         "Measured",
         (
             *("op", "shape", "dtype", "mode", "provider"),
-            *("ms", "p20 to p80", f"x vs {BASELINE}", "GB/s", "% of copy"),
+            *("ms", "p20 to p80", f"x vs {BASELINE}", "GB/s", "% of copy", "MB"),
         ),
         rows,
         5,
         (
             f"x vs {BASELINE}: median of the ratios of paired rounds; above 1 is faster.",
             "GB/s: useful bytes (each input read and each output written once) over the time.",
+            "MB: the most that a call holds at once, its results among it.",
         ),
     )
 
@@ -194,11 +196,15 @@ def prepare(out: Path) -> None:
 
 
 def write(results: Results, out: Path) -> list[Path]:
-    """Writes results.csv, where rows of other runs stay, and this run's report.md and .png."""
-    paths = [out / name for name in (CSV_NAME, "report.md", "report.png")]
+    """Writes results.csv, where rows of other runs stay, and this run's report.md and plot.
+
+    The plot is report.png, or growth.png of a run against the number of images.
+    """
+    draw, image = (plot_growth, "growth.png") if results.plan.growth else (plot, "report.png")
+    paths = [out / name for name in (CSV_NAME, "report.md", image)]
     write_csv(paths[0], results.measurements, results.environment)
     paths[1].write_text(_markdown(results), encoding="utf-8")
-    plot(results, paths[2])
+    draw(results, paths[2])
     return paths
 
 

@@ -1,7 +1,9 @@
 """One benchmark run: ceilings, then for each case the correctness gate and interleaved timing."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+import os
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -66,14 +68,16 @@ def run(
 
 
 def _build(
-    benchmark: Benchmark, device: torch.device, results: Results
+    case: Case, mode: str, results: Results, only: Collection[str] = ()
 ) -> dict[str, Callable[..., Any]]:
     """The wanted providers' functions, baseline first; why others don't run goes to `results`."""
     functions = {}
-    for provider in benchmark.providers:
+    for provider in case.benchmark.providers:
+        if only and provider.name not in only:
+            continue
         if provider.name in results.plan.providers:
             try:
-                functions[provider.name] = provider.build(device)
+                functions[provider.name] = provider.build(case, mode)
                 continue
             except Unavailable as error:
                 reason = str(error)
@@ -82,15 +86,15 @@ def _build(
         else:
             continue
         without = results.unavailable.setdefault((provider.name, reason), [])
-        if benchmark.name not in without:
-            without.append(benchmark.name)
+        if case.benchmark.name not in without:
+            without.append(case.benchmark.name)
     return functions
 
 
 def _right_calls(
     case: Case, functions: Mapping[str, Callable[..., Any]], mode: str, results: Results
 ) -> dict[str, Call]:
-    """The calls that agree with the reference; none if the baseline does not."""
+    """The calls that agree with the reference; none if the baseline is there and does not."""
     calls = {}
     for provider, function in functions.items():
         if found := problems(case, function, mode):
@@ -100,13 +104,12 @@ def _right_calls(
                 continue
             results.notes.append(f"{line} (rounding: it is right in fp32)")
         calls[provider] = case.call(function, mode)
-    return calls if BASELINE in calls else {}
+    return calls if BASELINE in calls or BASELINE not in functions else {}
 
 
 def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
-    functions = _build(case.benchmark, case.device, results)
     for mode in results.plan.modes:
-        calls = _right_calls(case, functions, mode, results)
+        calls = _right_calls(case, _build(case, mode, results), mode, results)
         if not calls:
             continue
         work = case.work(mode)
@@ -115,12 +118,15 @@ def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
             bandwidth = [work.bytes / 1e9 / second for second in seconds]
             metrics = {
                 ("time", "ms"): Quantiles.of(second * 1e3 for second in seconds),
-                ("speedup", "x"): paired_ratios(samples[BASELINE], seconds),
                 ("bandwidth", "GB/s"): Quantiles.of(bandwidth),
                 ("of_copy_ceiling", "%"): Quantiles.of(
                     100 * rate / results.ceilings.copy.p50 for rate in bandwidth
                 ),
             }
+            if BASELINE in samples:
+                metrics["speedup", "x"] = paired_ratios(samples[BASELINE], seconds)
+            megabytes = peak_bytes(calls[provider], case.device) / 1e6
+            metrics["peak_memory", "MB"] = Quantiles(megabytes, megabytes, megabytes, 1)
             if work.matmul_flops:
                 rates = [work.matmul_flops / 1e12 / second for second in seconds]
                 ceiling = results.ceilings.matmul[case.dtype].p50
@@ -131,17 +137,39 @@ def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
             _record(case, provider, mode, metrics, results)
 
 
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Memory that one call and its results hold at once, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # Not a dispatch mode: what an op allocates inside does not come by there. Below this level
+    # some versions of the profiler write to stderr whenever they start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        results = call()
+    del results
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    allocations = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
+        key=lambda event: event[0],
+    )
+    return max(itertools.accumulate((nbytes for _, nbytes in allocations), initial=0))
+
+
 def _measure_overhead(benchmark: Benchmark, device: torch.device, results: Results) -> None:
     """CPU time of a call whose tensors are so small that nothing but the call is left."""
     dtype = results.plan.dtypes[0]
     case = Case(benchmark, benchmark.tiny_shape, dtype, device)
-    functions = {
-        name: function
-        for name, function in _build(benchmark, device, results).items()
-        if name in (BASELINE, "ours")
-    }
     clock = wall_clock(device, _CALLS_PER_SAMPLE)
     for mode in results.plan.modes:
+        functions = _build(case, mode, results, only=(BASELINE, "ours"))
         calls = _right_calls(case, functions, mode, results)
         if not calls:
             continue

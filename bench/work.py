@@ -16,6 +16,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from flamingo_fast.layout import MediaLayout
+
 Shape = Sequence[int]
 
 # Columns up to which the kernels' norm backward reads its inputs once.
@@ -124,3 +126,111 @@ def gated_residual_norm_eager(shape: Shape, itemsize: int, mode: str, *, rms: bo
         + norm(shape, itemsize, mode, rms=rms)
         + _of_mode(mode, Work(0, 0, 0), add_gradients)
     )
+
+
+def masked_cross_attention(shape: Shape, itemsize: int, mode: str) -> Work:
+    """Of (B, L, N, H, D, R), every token attending to one medium, as many key heads as query heads.
+
+    Every tensor once. Modes are also "fwd_lse", a forward that saves the softmax's log-sum for the
+    backward, and "bwd_dq", a backward that only q wants. A (query, key) pair costs two products of
+    D numbers forward, five backward (scores and weights again; dP, dV, dK, dQ), three for dQ alone.
+    """
+    batch, seqlen, media, heads, head_dim, num_keys = shape
+    rows = batch * seqlen * heads
+    row_bytes = rows * head_dim * itemsize
+    key_bytes = 2 * batch * media * num_keys * heads * head_dim * itemsize
+    scores, elements = rows * num_keys, rows * head_dim
+    product = 2 * scores * head_dim
+    lse = rows * 4
+    fwd = Work(row_bytes + key_bytes, row_bytes, 5 * scores + elements, 2 * product)
+    fwd_lse = fwd + Work(0, lse, 0)
+    loaded = 2 * row_bytes + key_bytes + lse
+    bwd = Work(loaded, row_bytes + key_bytes, 7 * scores + elements, 5 * product)
+    bwd_dq = Work(loaded, row_bytes, 7 * scores + elements, 3 * product)
+    modes = {"fwd": fwd, "fwd_lse": fwd_lse, "bwd": bwd, "bwd_dq": bwd_dq}
+    return modes[mode] if mode in modes else fwd_lse + bwd
+
+
+def masked_cross_attention_eager(shape: Shape, itemsize: int, mode: str) -> Work:
+    """Scores of all tokens and all keys, which six kernels read and five write.
+
+    They are multiplied, masked, have their largest taken and subtracted, go through the softmax,
+    are masked again and multiplied. Backward it is seven and four. The mask is left out.
+    """
+    batch, seqlen, media, heads, head_dim, num_keys = shape
+    row_bytes = batch * seqlen * heads * head_dim * itemsize
+    key_bytes = batch * media * num_keys * heads * head_dim * itemsize
+    scores = batch * heads * seqlen * media * num_keys
+    score_bytes, product = scores * itemsize, 2 * scores * head_dim
+    fwd = Work(6 * score_bytes + 2 * row_bytes + 2 * key_bytes, 5 * score_bytes + 2 * row_bytes, 0)
+    fwd += Work(0, 0, 5 * scores, 2 * product)
+    bwd = Work(7 * score_bytes + 4 * row_bytes + 2 * key_bytes, 4 * score_bytes, 0)
+    bwd += Work(0, 2 * row_bytes + 2 * key_bytes, 7 * scores, 4 * product)
+    return _of_mode(mode, fwd, bwd)
+
+
+def one_medium_item_work(
+    layout: MediaLayout,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    num_keys: int,
+    itemsize: int,
+    mode: str,
+    block_m: int,
+) -> list[Work]:
+    """What the program of each work item and one key/value head does, in the schedule's order.
+
+    `mode` is "fwd", "fwd_lse", "bwd" or "bwd_dq". K and V are read again for every item of a split
+    medium. Products are of whole tiles of `block_m` rows, keys and head_dim padded as in the
+    kernels. The layout's own integers are left out.
+    """
+    group = heads // kv_heads
+    row_bytes = head_dim * itemsize
+    keys_bytes = 2 * num_keys * row_bytes
+    sums_bytes = 2 * num_keys * head_dim * 4
+    saves_lse = 4 if mode == "fwd_lse" else 0
+    num_dots = {"fwd": 2, "fwd_lse": 2, "bwd": 5, "bwd_dq": 3}[mode]
+    row_flops = num_dots * 2 * _padded(num_keys) * _padded(head_dim)
+    lengths = None if layout.media_seqlens is None else layout.media_seqlens.tolist()
+    works = []
+    for medium, begin, end, slot in layout.work_items.tolist():
+        rows = (end - begin) * group
+        work = Work(0, rows * (row_bytes + saves_lse), 0)
+        if medium >= 0:
+            valid = num_keys if lengths is None else min(lengths[medium], num_keys)
+            row_loads = row_bytes if mode.startswith("fwd") else 2 * row_bytes + 4
+            flops = -(-rows // block_m) * block_m * row_flops
+            work += Work(2 * valid * row_bytes + rows * row_loads, 0, 0, flops)
+            if mode == "bwd":
+                work += Work(0, keys_bytes if slot < 0 else sums_bytes, 0)
+        works.append(work)
+    return works
+
+
+def masked_cross_attention_kernel_work(
+    layout: MediaLayout,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    num_keys: int,
+    itemsize: int,
+    mode: str,
+    block_m: int,
+) -> Work:
+    """What the kernels do for `layout`: all items and heads, and the sums of split media."""
+    total = Work(0, 0, 0)
+    for item in one_medium_item_work(
+        layout, heads, kv_heads, head_dim, num_keys, itemsize, mode, block_m
+    ):
+        total += item
+    numel = 2 * num_keys * head_dim
+    if mode == "bwd":
+        for medium, first_slot, end_slot in layout.split_media.tolist():
+            if medium >= 0:
+                total += Work((end_slot - first_slot) * numel * 4, numel * itemsize, 0)
+    return Work(kv_heads * total.loaded, kv_heads * total.stored, 0, kv_heads * total.matmul_flops)
+
+
+def _padded(size: int) -> int:
+    return max(1 << (size - 1).bit_length(), 16)

@@ -144,11 +144,15 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="One small shape, short, without torch.compile.")
     ] = False,
+    growth: Annotated[
+        bool,
+        typer.Option("--growth", help="Attention's time and memory with more and more images."),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Folder of results.csv, report.md and report.png. "
+            help="Folder of results.csv, report.md and report.png (growth.png). "
             "Default: bench/results in a checkout, else bench_results.",
         ),
     ] = None,
@@ -170,6 +174,7 @@ def bench(
             modes=mode or (),
             providers=provider or (),
             quick=quick,
+            growth=growth,
         )
         report.prepare(out)
     except ValueError as error:

@@ -3,9 +3,10 @@
 Dimension names: B batch, L text tokens, N media of a sample, R tokens of a medium.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ from torch.utils import _pytree as pytree
 
 ATTEND = ("previous", "next", "all_previous")
 
+# The most rows of a tile of any kernel; pieces of split media are multiples of it.
+_TILE_ROWS = 32
+
 
 def chunk_rows(seqlen: int) -> int:
-    """Rows of a medium that one work item takes at most, for rows of `seqlen` text tokens.
+    """Rows of a piece of a split medium at most, in rows of `seqlen` text tokens.
 
-    Of the media of random image positions the longest is several times the mean, and a GPU waits
-    for it; but each piece of a split medium reads K and V again, and its fp32 sums of dK and dV are
-    written and read. A sixteenth of a row keeps both, and the memory for those sums, small.
+    A medium is split from five quarters of this on. Of the media of random image positions the
+    longest has several times the mean, and a GPU waits for it; but each piece of a split medium
+    reads K and V again, and its fp32 sums of dK and dV are written and read. A sixteenth of a row
+    keeps both, and the memory for those sums, small.
     """
     return max(128, _next_power_of_2(-(-seqlen // 16)))
 
@@ -35,17 +40,19 @@ class MediaLayout:
 
     Attributes:
         media_start, media_end: (B, L) int32; the token attends to media [start, end) of its
-            sample. start == end: to none; of these, start == end == N has more image tokens
-            before it than there are media ("past the last medium").
+            sample. start == end: to none; of these, start == end == N is past the last medium:
+            more image tokens came before it than there are media.
         cu_media: (B + 1,) int32; the media of sample b are cu_media[b]..cu_media[b + 1] of k and v.
         media_seqlens: (media_total,) int32 or None; the valid tokens of each medium, its first
             ones. A medium without any counts as nothing.
         work_items: (items, 4) int32; medium, first row, end row, slot. Rows count through the
             batch. A row is in exactly one item; medium -1 is for rows that attend to none. Longest
-            first. A medium with more than `chunk_rows(L)` rows has several items, each with a slot
-            for its sums; otherwise the slot is -1.
+            first. A medium with many more rows than `chunk_rows(L)` has several items, each with a
+            slot for its sums; otherwise the slot is -1.
         split_media: (entries, 3) int32; medium, first slot, end slot of the media with several
             items; medium -1 in unused entries.
+        row_index: (B * L,) int32 or None; the rows sorted by medium, those without one last, where
+            work items count through them in this order.
         media_total: media of all samples.
         max_media: media of a sample at most.
         max_media_per_token: media a token attends to at most; it alone chooses the kernels.
@@ -57,6 +64,7 @@ class MediaLayout:
     media_seqlens: torch.Tensor | None
     work_items: torch.Tensor
     split_media: torch.Tensor
+    row_index: torch.Tensor | None
     media_total: int
     max_media: int
     max_media_per_token: int
@@ -74,7 +82,8 @@ class MediaLayout:
         """The image-causal layouts, from where the image tokens are.
 
         An image token itself attends to its image. With more image tokens than media, the tokens
-        from the first image token too many on attend to none ("all_previous": to all).
+        from the first image token too many on attend to none ("all_previous": to all). With "next"
+        so do the tokens after the last image token; they are past the last medium too.
 
         Arguments:
             media_locations: (B, L) bool, True at image tokens (OpenFlamingo's argument).
@@ -92,25 +101,27 @@ class MediaLayout:
             raise ValueError(f"attend: expected one of {', '.join(ATTEND)}; got {attend!r}")
         batch = media_locations.shape[0]
         device = media_locations.device
-        cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
-        text_time = media_locations.cumsum(1, dtype=torch.int32)
-        if attend == "next":
-            text_time += ~media_locations
-        limit = (cu_media[1:] - cu_media[:-1])[:, None]
-        media_end = torch.minimum(text_time, limit)
-        if attend == "all_previous":
-            media_start = torch.zeros_like(media_end)
-        else:
-            media_start = torch.minimum((text_time - 1).clamp_(min=0), limit)
-        layout = cls._with_schedule(
-            media_start,
-            media_end,
-            cu_media,
-            _seqlens(media_seqlens, media_total, device),
-            media_total,
-            max_media,
-            max_media if attend == "all_previous" else 1,
-        )
+        with _no_inference_tensors():
+            cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
+            text_time = media_locations.cumsum(1, dtype=torch.int32)
+            if attend == "next":
+                text_time += ~media_locations
+            limit = (cu_media[1:] - cu_media[:-1])[:, None]
+            media_end = torch.minimum(text_time, limit)
+            if attend == "all_previous":
+                media_start = torch.zeros_like(media_end)
+            else:
+                media_start = torch.minimum((text_time - 1).clamp_(min=0), limit)
+            layout = cls._with_schedule(
+                media_start,
+                media_end,
+                cu_media,
+                _seqlens(media_seqlens, media_total, device),
+                media_total,
+                max_media,
+                max_media if attend == "all_previous" else 1,
+                in_order=True,
+            )
         if media_seqlens is not None:
             layout._validate_on_cpu()
         return layout
@@ -126,10 +137,7 @@ class MediaLayout:
         media_total: int | None = None,
         media_seqlens: torch.Tensor | None = None,
     ) -> "MediaLayout":
-        """Any interval of media for each token.
-
-        With `max_media_per_token` 1, the media of a sample's tokens must not go back: each must be
-        that of the token before it or a later one. CPU tensors are validated, others are not.
+        """Any interval of media for each token; CPU tensors are validated, others are not.
 
         Arguments:
             media_start, media_end: (B, L) integers.
@@ -140,23 +148,25 @@ class MediaLayout:
         """
         _check_integers("media_start", media_start, 2)
         _check_integers("media_end", media_end, 2, like=media_start)
-        device = media_start.device
-        cu_media, media_total, max_media = _count_media(
-            num_media, media_start.shape[0], media_total, device
-        )
         if not isinstance(max_media_per_token, int) or max_media_per_token < 0:
             raise ValueError(
                 f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
             )
-        layout = cls._with_schedule(
-            media_start.int(),
-            media_end.int(),
-            cu_media,
-            _seqlens(media_seqlens, media_total, device),
-            media_total,
-            max_media,
-            max_media_per_token,
-        )
+        device = media_start.device
+        with _no_inference_tensors():
+            cu_media, media_total, max_media = _count_media(
+                num_media, media_start.shape[0], media_total, device
+            )
+            layout = cls._with_schedule(
+                media_start.to(torch.int32, copy=True),
+                media_end.to(torch.int32, copy=True),
+                cu_media,
+                _seqlens(media_seqlens, media_total, device),
+                media_total,
+                max_media,
+                max_media_per_token,
+                in_order=False,
+            )
         layout._validate_on_cpu()
         return layout
 
@@ -170,8 +180,12 @@ class MediaLayout:
         media_total: int,
         max_media: int,
         max_media_per_token: int,
+        in_order: bool,
     ) -> "MediaLayout":
-        work_items, split_media = _schedule(media_start, media_end, cu_media, media_total)
+        """`in_order`: the media of a sample's tokens never go back, rows without one included."""
+        work_items, split_media, row_index = _schedule(
+            media_start, media_end, cu_media, media_total, in_order
+        )
         return cls(
             media_start,
             media_end,
@@ -179,6 +193,7 @@ class MediaLayout:
             media_seqlens,
             work_items,
             split_media,
+            row_index,
             media_total,
             max_media,
             max_media_per_token,
@@ -221,9 +236,9 @@ class MediaLayout:
         inside = (media >= self.media_start[..., None]) & (media < self.media_end[..., None])
         if self.media_seqlens is None:
             return inside
-        flat = (self.cu_media[:-1, None] + media).clamp_(max=max(self.media_total - 1, 0))
         if self.media_total == 0:
             return inside
+        flat = (self.cu_media[:-1, None] + media).clamp_(0, self.media_total - 1)
         return inside & (self.media_seqlens[flat] > 0)[:, None]
 
     def last(self, num_tokens: int) -> "MediaLayout":
@@ -233,25 +248,32 @@ class MediaLayout:
                 f"num_tokens: expected 0 to {self.seqlen}, the layout's length; got {num_tokens}"
             )
         first = self.seqlen - num_tokens
-        return self._with_tokens(self.media_start[:, first:], self.media_end[:, first:])
-
-    def _with_tokens(self, media_start: torch.Tensor, media_end: torch.Tensor) -> "MediaLayout":
-        return self._with_schedule(
-            media_start,
-            media_end,
-            self.cu_media,
-            self.media_seqlens,
-            self.media_total,
-            self.max_media,
-            self.max_media_per_token,
+        return self._with_tokens(
+            self.media_start[:, first:], self.media_end[:, first:], self.row_index is None
         )
+
+    def _with_tokens(
+        self, media_start: torch.Tensor, media_end: torch.Tensor, in_order: bool
+    ) -> "MediaLayout":
+        with _no_inference_tensors():
+            return self._with_schedule(
+                media_start,
+                media_end,
+                self.cu_media,
+                self.media_seqlens,
+                self.media_total,
+                self.max_media,
+                self.max_media_per_token,
+                in_order,
+            )
 
     @staticmethod
     def cat(layouts: Sequence["MediaLayout"], dim: int = 0) -> "MediaLayout":
         """Concatenates along the batch (dim 0) or along the text (dim 1), there over equal media.
 
         Raises:
-            ValueError: no layouts, another dim, or sizes that don't fit.
+            ValueError: no layouts, another dim, or sizes that don't fit; along the text, on a CPU,
+                also media that are not the same.
         """
         layouts = list(layouts)
         if not layouts:
@@ -271,32 +293,44 @@ class MediaLayout:
                     f"layouts[{index}]: {layout._sizes()} does not fit layouts[0]: "
                     f"{first._sizes()}, along dim {dim}"
                 )
-        start, end = (
-            torch.cat([getattr(layout, name) for layout in layouts], dim)
-            for name in ("media_start", "media_end")
-        )
-        if dim == 1:
-            combined = dataclasses.replace(
-                first, max_media_per_token=max(layout.max_media_per_token for layout in layouts)
+            if dim == 1 and first.device.type == "cpu" and not layout._has_media_of(first):
+                raise ValueError(f"layouts[{index}]: its media are not those of layouts[0]")
+        with _no_inference_tensors():
+            start, end = (
+                torch.cat([getattr(layout, name) for layout in layouts], dim)
+                for name in ("media_start", "media_end")
             )
-            return combined._with_tokens(start, end)
-        offsets = itertools.accumulate((layout.media_total for layout in layouts), initial=0)
-        cu_media = torch.cat(
-            [first.cu_media[:1]]
-            + [
-                layout.cu_media[1:] + offset
-                for layout, offset in zip(layouts, offsets, strict=False)
-            ]
-        )
-        return MediaLayout._with_schedule(
-            start,
-            end,
-            cu_media,
-            MediaLayout._cat_seqlens(layouts),
-            sum(layout.media_total for layout in layouts),
-            max(layout.max_media for layout in layouts),
-            max(layout.max_media_per_token for layout in layouts),
-        )
+            if dim == 1:
+                combined = dataclasses.replace(
+                    first, max_media_per_token=max(layout.max_media_per_token for layout in layouts)
+                )
+                return combined._with_tokens(start, end, in_order=False)
+            offsets = itertools.accumulate((layout.media_total for layout in layouts), initial=0)
+            cu_media = torch.cat(
+                [first.cu_media[:1]]
+                + [
+                    layout.cu_media[1:] + offset
+                    for layout, offset in zip(layouts, offsets, strict=False)
+                ]
+            )
+            return MediaLayout._with_schedule(
+                start,
+                end,
+                cu_media,
+                MediaLayout._cat_seqlens(layouts),
+                sum(layout.media_total for layout in layouts),
+                max(layout.max_media for layout in layouts),
+                max(layout.max_media_per_token for layout in layouts),
+                in_order=all(layout.row_index is None for layout in layouts),
+            )
+
+    def _has_media_of(self, other: "MediaLayout") -> bool:
+        seqlens, others = self.media_seqlens, other.media_seqlens
+        if seqlens is None or others is None:
+            same_seqlens = seqlens is others
+        else:
+            same_seqlens = torch.equal(seqlens, others)
+        return same_seqlens and torch.equal(self.cu_media, other.cu_media)
 
     @staticmethod
     def _cat_seqlens(layouts: Sequence["MediaLayout"]) -> torch.Tensor | None:
@@ -313,7 +347,13 @@ class MediaLayout:
         )
 
     def to(self, device: torch.device | str) -> "MediaLayout":
-        return pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=True), self)
+        device = torch.device(device)
+        # The CPU would read before the values have come.
+        non_blocking = device.type != "cpu"
+        with _no_inference_tensors():
+            return pytree.tree_map(
+                lambda tensor: tensor.to(device, non_blocking=non_blocking), self
+            )
 
     def validate(self) -> None:
         """Checks the values; on a GPU it waits for them. Kernels never read out of bounds anyway.
@@ -335,10 +375,6 @@ class MediaLayout:
         wrong = end - start > self.max_media_per_token
         limit = self.max_media_per_token
         self._refuse(wrong, start, end, f"more than max_media_per_token {limit} media")
-        if limit == 1:
-            goes_back = torch.zeros_like(wrong)
-            goes_back[:, 1:] = self._order(start, end).diff(dim=1) < 0
-            self._refuse(goes_back, start, end, "its medium comes before that of the last token")
         if self.media_seqlens is not None and (self.media_seqlens.cpu() < 0).any():
             medium = int((self.media_seqlens.cpu() < 0).nonzero()[0])
             raise ValueError(
@@ -361,20 +397,19 @@ class MediaLayout:
                 + reason.format(n=num_media)
             )
 
-    @staticmethod
-    def _order(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """Grows along a sample whose media don't go back; rows without a medium lie between."""
-        return 2 * start + (end > start)
-
     def __eq__(self, other: object) -> bool:
+        """Whether the same tokens attend to the same media, whatever the schedules are."""
         if not isinstance(other, MediaLayout):
             return NotImplemented
-        (leaves, spec), (other_leaves, other_spec) = map(pytree.tree_flatten, (self, other))
-        return spec == other_spec and all(
-            tensor.shape == theirs.shape
-            and tensor.device == theirs.device
-            and torch.equal(tensor, theirs)
-            for tensor, theirs in zip(leaves, other_leaves, strict=True)
+        same_sizes = (self._sizes(), self.max_media_per_token) == (
+            other._sizes(),
+            other.max_media_per_token,
+        )
+        return (
+            same_sizes
+            and self._has_media_of(other)
+            and torch.equal(self.media_start, other.media_start)
+            and torch.equal(self.media_end, other.media_end)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -422,20 +457,23 @@ class MediaLayout:
         return ax
 
 
-def _flatten(layout: MediaLayout) -> tuple[list[Any], tuple[int, ...]]:
-    leaves = [
-        layout.media_start,
-        layout.media_end,
-        layout.cu_media,
-        layout.media_seqlens,
-        layout.work_items,
-        layout.split_media,
-    ]
-    return leaves, (layout.media_total, layout.max_media, layout.max_media_per_token)
+_TENSORS = [field.name for field in dataclasses.fields(MediaLayout)][:-3]
+_SIZES = [field.name for field in dataclasses.fields(MediaLayout)][-3:]
 
 
-def _unflatten(leaves: Any, context: Any) -> MediaLayout:
-    return MediaLayout(*leaves, *context)
+def _flatten(layout: MediaLayout) -> tuple[list[torch.Tensor], list[Any]]:
+    # A None would be a leaf too, and what is mapped over leaves takes tensors.
+    present = [name for name in _TENSORS if getattr(layout, name) is not None]
+    sizes = [getattr(layout, name) for name in _SIZES]
+    return [getattr(layout, name) for name in present], [present, *sizes]
+
+
+def _unflatten(leaves: Iterable[Any], context: list[Any]) -> MediaLayout:
+    present, *sizes = context
+    fields: dict[str, Any] = dict.fromkeys(_TENSORS)
+    fields.update(zip(present, leaves, strict=True))
+    fields.update(zip(_SIZES, sizes, strict=True))
+    return MediaLayout(**fields)
 
 
 pytree.register_pytree_node(
@@ -444,8 +482,15 @@ pytree.register_pytree_node(
     _unflatten,
     serialized_type_name="flamingo_fast.MediaLayout",
     to_dumpable_context=list,
-    from_dumpable_context=tuple,
+    from_dumpable_context=list,
 )
+
+
+def _no_inference_tensors() -> contextlib.AbstractContextManager[None]:
+    """Autograd can't save what inference mode made, and a layout may be used outside it again."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return contextlib.nullcontext()
 
 
 def _next_power_of_2(value: int) -> int:
@@ -453,8 +498,9 @@ def _next_power_of_2(value: int) -> int:
 
 
 def num_slots(batch: int, seqlen: int) -> int:
-    """Work items of split media at most: one with more than a chunk of rows has at least two."""
-    return 2 * batch * (seqlen // chunk_rows(seqlen)) if seqlen > chunk_rows(seqlen) else 0
+    """Work items of split media at most: two for each whole chunk of a medium."""
+    chunk = chunk_rows(seqlen)
+    return 2 * batch * (seqlen // chunk) if seqlen > chunk + chunk // 4 else 0
 
 
 def _check_integers(
@@ -513,9 +559,9 @@ def _count_media(
                 f"num_media: expected an integer >= 0, {batch} of them or a ({batch},) integer "
                 f"tensor; got {num_media!r}"
             )
-        cu_media = torch.tensor(
-            list(itertools.accumulate(counts, initial=0)), dtype=torch.int32, device=device
-        )
+        cu_media = torch.tensor(list(itertools.accumulate(counts, initial=0)), dtype=torch.int32)
+        # Not device= above, which waits for the copy.
+        cu_media = cu_media.to(device, non_blocking=True)
         max_media = max(counts, default=0)
         total = sum(counts)
     if media_total not in (None, total):
@@ -535,6 +581,8 @@ def _seqlens(
 ) -> torch.Tensor | None:
     if media_seqlens is None:
         return None
+    if not isinstance(media_seqlens, torch.Tensor):
+        raise TypeError(f"media_seqlens: expected a tensor, got {type(media_seqlens).__name__}")
     if media_seqlens.is_floating_point() or media_seqlens.dtype == torch.bool:
         raise TypeError(f"media_seqlens: expected integers, got {media_seqlens.dtype}")
     if media_seqlens.shape != (media_total,) or media_seqlens.device != device:
@@ -542,44 +590,64 @@ def _seqlens(
             f"media_seqlens: expected shape ({media_total},) on {device}, "
             f"got {tuple(media_seqlens.shape)} on {media_seqlens.device}"
         )
-    return media_seqlens.int()
+    return media_seqlens.to(torch.int32, copy=True)
 
 
 def _schedule(
-    media_start: torch.Tensor, media_end: torch.Tensor, cu_media: torch.Tensor, media_total: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(work_items, split_media), by sorted searches: nothing is read back, sizes are bounds.
+    media_start: torch.Tensor,
+    media_end: torch.Tensor,
+    cu_media: torch.Tensor,
+    media_total: int,
+    in_order: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(work_items, split_media, row_index), by sorted searches: nothing is read back.
 
-    Segments are the rows of each medium and, before and after each sample's, those without one.
+    Segments are the rows of each medium, then runs of rows without one. Their number and that of
+    their pieces are bounds from shapes.
     """
     batch, seqlen = media_start.shape
-    chunk = chunk_rows(seqlen)
-    device = media_start.device
-    rows = batch * seqlen
-    # Sorted: 2 * g + 1 for rows of medium g, 2 * g for rows between media g - 1 and g.
-    first = cu_media[:-1, None]
-    keys = (2 * (first + media_start) + (media_end > media_start)).flatten()
+    rows, chunk, device = batch * seqlen, chunk_rows(seqlen), media_start.device
     media = torch.arange(media_total, dtype=torch.int32, device=device)
-    wanted = torch.cat([2 * media + 1, 2 * cu_media])
+    first, attends = cu_media[:-1, None], media_end > media_start
+    row_index = None
+    if in_order:
+        # Sorted as they are: 2 * g + 1 for rows of medium g, 2 * g for rows just before those.
+        keys = (2 * (first + media_start) + attends).flatten()
+        wanted = torch.cat([2 * media + 1, 2 * cu_media])
+    else:
+        keys, order = torch.sort(
+            torch.where(attends, first + media_start, media_total).flatten(), stable=True
+        )
+        row_index = order.int()
+        wanted = torch.arange(media_total + 1, dtype=torch.int32, device=device)
     begin = torch.searchsorted(keys, wanted, out_int32=True)
     end = torch.searchsorted(keys, wanted, right=True, out_int32=True)
-    # The rows between two samples once, even if the samples between them have no media.
-    end[media_total:-1] = torch.where(
-        cu_media[1:] == cu_media[:-1], begin[media_total:-1], end[media_total:-1]
+    if in_order:
+        # The rows between two samples once, even if the samples between them have no media.
+        end[media_total:-1] = torch.where(
+            cu_media[1:] == cu_media[:-1], begin[media_total:-1], end[media_total:-1]
+        )
+    num_segments = len(wanted)
+    medium = torch.full_like(begin, -1)
+    medium[:media_total] = media
+    pieces = torch.where(
+        end - begin > chunk + chunk // 4,
+        (end - begin + (chunk - 1)) // chunk,
+        (end > begin).int(),
     )
-    medium = torch.cat([media, torch.full_like(cu_media, -1)])
-    pieces = (end - begin + (chunk - 1)) // chunk
     # Media without rows have an item too, which writes their gradients: zeros.
     pieces[:media_total].clamp_(min=1)
     cu_items = pieces.cumsum(0, dtype=torch.int32)
-    num_items = media_total + batch + 1 + rows // chunk if rows else 0
-    item = torch.arange(num_items, dtype=torch.int32, device=device)
+    item = torch.arange(num_segments + rows // chunk, dtype=torch.int32, device=device)
     segment = torch.searchsorted(cu_items, item, right=True, out_int32=True)
-    used = segment < len(medium)
+    used = segment < num_segments
     segment = torch.where(used, segment, 0)
     piece = item - (cu_items - pieces)[segment]
-    item_begin = begin[segment] + piece * chunk
-    item_end = torch.minimum(item_begin + chunk, end[segment])
+    # Of equal size, but for whole tiles of the kernels.
+    piece_rows = (end - begin + (pieces - 1)) // pieces.clamp(min=1)
+    piece_rows = (piece_rows + (_TILE_ROWS - 1)) // _TILE_ROWS * _TILE_ROWS
+    item_begin = begin[segment] + piece * piece_rows[segment]
+    item_end = torch.minimum(item_begin + piece_rows[segment], end[segment])
     is_split = pieces[:media_total] > 1
     cu_slots = torch.where(is_split, pieces[:media_total], 0).cumsum(0, dtype=torch.int32)
     first_slot = torch.full_like(pieces, -1)
@@ -603,4 +671,4 @@ def _schedule(
     split_media = torch.stack(
         [torch.where(found, index, -1), first_slot[index], cu_slots[index]], 1
     )
-    return items[longest_first], split_media
+    return items[longest_first], split_media, row_index

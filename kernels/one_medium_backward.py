@@ -19,6 +19,7 @@ from flamingo_fast.kernels.one_medium_rows import (
     last_dim_contiguous,
     load_item,
     load_keys,
+    load_rows,
     query_offsets,
     zero_rows,
 )
@@ -32,6 +33,7 @@ def _one_medium_bwd_kernel(
     V,
     LSE,
     WORK_ITEMS,
+    ROW_INDEX,
     MEDIA_SEQLENS,
     DQ,
     DKV,
@@ -59,7 +61,6 @@ def _one_medium_bwd_kernel(
     stride_dkv_medium,
     stride_dkv_key,
     stride_dkv_head,
-    HAS_SEQLENS: tl.constexpr,
     NEED_DQ: tl.constexpr,
     NEED_DKV: tl.constexpr,
     TRANSPOSE_DQ: tl.constexpr,
@@ -74,13 +75,27 @@ def _one_medium_bwd_kernel(
 ):
     kv_head = tl.program_id(0) % num_kv_heads
     item = tl.program_id(0) // num_kv_heads
-    medium, sample, begin, end, slot = load_item(WORK_ITEMS, item, media_total, seqlen, total_rows)
+    medium, begin, end, slot = load_item(
+        WORK_ITEMS, ROW_INDEX, item, media_total, seqlen, total_rows
+    )
     if medium < 0:
         if NEED_DQ:
-            zero_rows(DQ, begin, end, kv_head, num_kv_heads, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D)
+            zero_rows(
+                DQ,
+                ROW_INDEX,
+                begin,
+                end,
+                kv_head,
+                num_kv_heads,
+                total_rows,
+                GROUP,
+                HEAD_DIM,
+                BLOCK_M,
+                BLOCK_D,
+            )
         return
     num_valid = NUM_KEYS
-    if HAS_SEQLENS:
+    if MEDIA_SEQLENS is not None:
         num_valid = tl.minimum(tl.load(MEDIA_SEQLENS + medium), NUM_KEYS)
     k = load_keys(
         K,
@@ -117,10 +132,13 @@ def _one_medium_bwd_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end_m
         mask = mask_m[:, None] & mask_d[None, :]
+        rows = load_rows(ROW_INDEX, offs_m, mask_m, total_rows, GROUP)
         q_rows = query_offsets(
+            ROW_INDEX,
+            rows,
+            begin,
             offs_m,
             kv_head,
-            sample,
             seqlen,
             stride_q_batch,
             stride_q_seqlen,
@@ -129,9 +147,11 @@ def _one_medium_bwd_kernel(
         )
         q = tl.load(Q + q_rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
         dout_rows = query_offsets(
+            ROW_INDEX,
+            rows,
+            begin,
             offs_m,
             kv_head,
-            sample,
             seqlen,
             stride_dout_batch,
             stride_dout_seqlen,
@@ -143,8 +163,12 @@ def _one_medium_bwd_kernel(
         lse = tl.load(LSE + lse_base + offs_m, mask=mask_m, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * qk_scale
         p = tl.exp2(scores - lse[None, :])
-        if HAS_SEQLENS or NUM_KEYS < BLOCK_R:
+        if MEDIA_SEQLENS is not None or NUM_KEYS < BLOCK_R:
             p = tl.where((offs_r < num_valid)[:, None], p, 0.0)
+        if Q.dtype.element_ty == tl.float32:
+            # Of large scores lse is rounded by more than fp32 gradients may be.
+            total = tl.sum(p, 0)
+            p = p / tl.where(total == 0.0, 1.0, total)[None, :]
         dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
         ds = p * (dp - tl.sum(p * dp, 0)[None, :])
         ds = ds.to(q.dtype)
@@ -156,7 +180,7 @@ def _one_medium_bwd_kernel(
                 dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=INPUT_PRECISION))
             else:
                 dq = tl.dot(tl.trans(ds), k, input_precision=INPUT_PRECISION)
-            dq_rows = contiguous_offsets(offs_m, kv_head, num_kv_heads, GROUP, HEAD_DIM)
+            dq_rows = contiguous_offsets(rows, offs_m, kv_head, num_kv_heads, GROUP, HEAD_DIM)
             tl.store(
                 DQ + dq_rows[:, None] + offs_d[None, :],
                 (dq * softmax_scale).to(DQ.dtype.element_ty),
@@ -208,10 +232,12 @@ def _sum_split_media_kernel(
         return
     offs = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     mask = offs < NUM_KEYS * HEAD_DIM
+    sums = ((first.to(tl.int64) * num_kv_heads + kv_head) * 2 + which) * (NUM_KEYS * HEAD_DIM)
+    pointers = PARTIALS + sums + offs
     total = tl.zeros((BLOCK,), tl.float32)
-    for slot in range(first, end):
-        sums = (slot.to(tl.int64) * num_kv_heads + kv_head) * 2 + which
-        total += tl.load(PARTIALS + sums * (NUM_KEYS * HEAD_DIM) + offs, mask=mask, other=0.0)
+    for _ in range(first, end):
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += num_kv_heads * (2 * NUM_KEYS * HEAD_DIM)
     base = DKV + which.to(tl.int64) * stride_dkv_which + medium.to(tl.int64) * stride_dkv_medium
     base += kv_head.to(tl.int64) * stride_dkv_head
     keys = (offs // HEAD_DIM).to(tl.int64) * stride_dkv_key + offs % HEAD_DIM
@@ -227,6 +253,7 @@ def one_medium_bwd(
     work_items: torch.Tensor,
     split_media: torch.Tensor,
     num_slots: int,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     dq: torch.Tensor,
@@ -258,6 +285,7 @@ def one_medium_bwd(
         v,
         lse,
         work_items,
+        row_index,
         media_seqlens,
         dq,
         dkv,
@@ -274,7 +302,6 @@ def one_medium_bwd(
         *k.stride()[:3],
         *v.stride()[:3],
         *dkv_strides,
-        HAS_SEQLENS=media_seqlens is not None,
         NEED_DQ=dq.numel() > 0,
         NEED_DKV=need_dkv,
         TRANSPOSE_DQ=config.TRANSPOSE_DQ,

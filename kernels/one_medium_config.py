@@ -25,12 +25,12 @@ def _block(size: int) -> int:
     return max(triton.next_power_of_2(size), 16)
 
 
-def _block_m(rows_per_medium: float) -> int:
-    """Half a tile of each medium is wasted: small beside its rows, yet wide enough to be worth it.
+def _block_m(rows: float) -> int:
+    """Half a tile of each medium is wasted, so tiles are small beside its rows.
 
-    A tile may not depend on the rows that a medium really has: nobody waits to read them.
+    From shapes: the rows that a medium really has are on the GPU, and nobody waits to read them.
     """
-    return 32 if rows_per_medium > 24 else 16
+    return 32 if rows > 24 else 16
 
 
 def _has_wide_matrix_unit(target: Target) -> bool:
@@ -39,13 +39,14 @@ def _has_wide_matrix_unit(target: Target) -> bool:
 
 
 def forward_config(
-    rows_per_medium: float, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
+    rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> OneMediumConfig:
+    """Not from the number of media, a mean over the batch: a row's bits must not depend on that."""
     block_r, block_d = _block(num_keys), _block(head_dim)
     if dtype == torch.float32:
         return OneMediumConfig(16, block_r, block_d, True, num_warps=8, num_stages=1)
     num_warps = 4 if block_r * block_d <= 128 * 128 else 8
-    block_m = _block_m(rows_per_medium)
+    block_m = _block_m(rows_per_sample)
     num_stages = 1 if target.arch == "gfx942" else 2
     return OneMediumConfig(block_m, block_r, block_d, True, num_warps, num_stages)
 

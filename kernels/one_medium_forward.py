@@ -17,6 +17,7 @@ from flamingo_fast.kernels.one_medium_rows import (
     last_dim_contiguous,
     load_item,
     load_keys,
+    load_rows,
     query_offsets,
     zero_rows,
 )
@@ -32,6 +33,7 @@ def _one_medium_fwd_kernel(
     OUT,
     LSE,
     WORK_ITEMS,
+    ROW_INDEX,
     MEDIA_SEQLENS,
     qk_scale,
     media_total,
@@ -47,7 +49,6 @@ def _one_medium_fwd_kernel(
     stride_v_medium,
     stride_v_key,
     stride_v_head,
-    HAS_SEQLENS: tl.constexpr,
     STORE_LSE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -61,9 +62,21 @@ def _one_medium_fwd_kernel(
     kv_head = tl.program_id(0) % num_kv_heads
     item = tl.program_id(0) // num_kv_heads
     lse_base = kv_head.to(tl.int64) * total_rows * GROUP
-    medium, sample, begin, end, _ = load_item(WORK_ITEMS, item, media_total, seqlen, total_rows)
+    medium, begin, end, _ = load_item(WORK_ITEMS, ROW_INDEX, item, media_total, seqlen, total_rows)
     if medium < 0:
-        zero_rows(OUT, begin, end, kv_head, num_kv_heads, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D)
+        zero_rows(
+            OUT,
+            ROW_INDEX,
+            begin,
+            end,
+            kv_head,
+            num_kv_heads,
+            total_rows,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+        )
         if STORE_LSE:
             for start in range(begin * GROUP, end * GROUP, BLOCK_M):
                 offs_m = start + tl.arange(0, BLOCK_M)
@@ -71,7 +84,7 @@ def _one_medium_fwd_kernel(
                 tl.store(LSE + lse_base + offs_m, nothing, mask=offs_m < end * GROUP)
         return
     num_valid = NUM_KEYS
-    if HAS_SEQLENS:
+    if MEDIA_SEQLENS is not None:
         num_valid = tl.minimum(tl.load(MEDIA_SEQLENS + medium), NUM_KEYS)
     k = load_keys(
         K,
@@ -105,10 +118,13 @@ def _one_medium_fwd_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end_m
         mask = mask_m[:, None] & mask_d[None, :]
+        rows = load_rows(ROW_INDEX, offs_m, mask_m, total_rows, GROUP)
         q_rows = query_offsets(
+            ROW_INDEX,
+            rows,
+            begin,
             offs_m,
             kv_head,
-            sample,
             seqlen,
             stride_q_batch,
             stride_q_seqlen,
@@ -117,20 +133,20 @@ def _one_medium_fwd_kernel(
         )
         q = tl.load(Q + q_rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * qk_scale
-        if HAS_SEQLENS or NUM_KEYS < BLOCK_R:
+        if MEDIA_SEQLENS is not None or NUM_KEYS < BLOCK_R:
             scores = tl.where((offs_r < num_valid)[:, None], scores, float("-inf"))
         largest = tl.max(scores, 0)
-        if HAS_SEQLENS:
+        if MEDIA_SEQLENS is not None:
             # Without a valid key the scores are all -inf, and -inf - -inf is NaN.
             largest = tl.where(largest == float("-inf"), 0.0, largest)
         p = tl.exp2(scores - largest[None, :])
         total = tl.sum(p, 0)
         out = tl.dot(tl.trans(v), p.to(v.dtype), input_precision=INPUT_PRECISION)
-        if HAS_SEQLENS:
+        if MEDIA_SEQLENS is not None:
             out = out * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
         else:
             out = out * (1.0 / total)[None, :]
-        out_rows = contiguous_offsets(offs_m, kv_head, num_kv_heads, GROUP, HEAD_DIM)
+        out_rows = contiguous_offsets(rows, offs_m, kv_head, num_kv_heads, GROUP, HEAD_DIM)
         tl.store(
             OUT + out_rows[:, None] + offs_d[None, :],
             tl.trans(out).to(OUT.dtype.element_ty),
@@ -138,7 +154,7 @@ def _one_medium_fwd_kernel(
         )
         if STORE_LSE:
             lse = largest + tl.log2(total)
-            if HAS_SEQLENS:
+            if MEDIA_SEQLENS is not None:
                 # The backward's exp2(score - lse) is then 0.
                 lse = tl.where(total == 0.0, float("inf"), lse)
             tl.store(LSE + lse_base + offs_m, lse, mask=mask_m)
@@ -149,6 +165,7 @@ def one_medium_fwd(
     k: torch.Tensor,
     v: torch.Tensor,
     work_items: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     need_lse: bool,
@@ -156,7 +173,8 @@ def one_medium_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); out is contiguous. lse, in base 2, is (Hkv, B, L, H // Hkv): packed rows.
 
-    lse is infinite for rows that attend to nothing, and empty if not needed.
+    lse is in the order of row_index, infinite for rows that attend to nothing, and empty if not
+    needed.
     """
     batch, seqlen, heads, head_dim = q.shape
     media_total, num_keys, kv_heads, _ = k.shape
@@ -165,8 +183,7 @@ def one_medium_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (kv_heads, batch, seqlen, group) if need_lse else (0,)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    rows_per_medium = batch * seqlen * group / max(media_total, 1)
-    config = forward_config(rows_per_medium, num_keys, head_dim, q.dtype, target_of(q))
+    config = forward_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
     launch(
         _one_medium_fwd_kernel,
         (work_items.shape[0] * kv_heads if q.numel() else 0,),
@@ -176,6 +193,7 @@ def one_medium_fwd(
         out,
         lse,
         work_items,
+        row_index,
         media_seqlens,
         softmax_scale * LOG2_E,
         media_total,
@@ -185,7 +203,6 @@ def one_medium_fwd(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        HAS_SEQLENS=media_seqlens is not None,
         STORE_LSE=need_lse,
         INPUT_PRECISION=input_precision,
         GROUP=group,

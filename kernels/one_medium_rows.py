@@ -1,8 +1,9 @@
 """Where a work item's query rows lie, and the rows of K and V that go with them.
 
-A work item is (medium, first row, end row, slot) over the B * L rows of the batch; one without a
-medium stands for rows that attend to nothing. The query heads that share a key/value head are
-packed along the rows: packed row m is head m % GROUP of row m // GROUP.
+A work item is (medium, first row, end row, slot) over the B * L rows of the batch, or over those
+rows as ROW_INDEX sorts them; one without a medium stands for rows that attend to nothing. The query
+heads that share a key/value head are packed along the rows: packed row m is head m % GROUP of row
+m // GROUP.
 """
 
 import torch
@@ -15,42 +16,68 @@ def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def load_item(WORK_ITEMS, item, media_total, seqlen, total_rows):
-    """Medium (-1: none), sample, rows and slot. Whatever the layout holds, all are in bounds."""
+def load_item(WORK_ITEMS, ROW_INDEX, item, media_total, seqlen, total_rows):
+    """Medium (-1: none), rows, slot; medium and rows in bounds whatever the layout holds."""
     medium = tl.load(WORK_ITEMS + item * 4)
     medium = tl.where((medium < 0) | (medium >= media_total), -1, medium)
-    begin = tl.maximum(tl.load(WORK_ITEMS + item * 4 + 1), 0)
-    end = tl.minimum(tl.load(WORK_ITEMS + item * 4 + 2), total_rows)
-    sample = begin // seqlen
-    # The rows of a medium are of one sample; rows without one may run on into the next.
-    end = tl.where(medium < 0, end, tl.minimum(end, (sample + 1) * seqlen))
-    return medium, sample, begin, end, tl.load(WORK_ITEMS + item * 4 + 3)
+    begin = tl.minimum(tl.maximum(tl.load(WORK_ITEMS + item * 4 + 1), 0), total_rows)
+    end = tl.maximum(tl.minimum(tl.load(WORK_ITEMS + item * 4 + 2), total_rows), begin)
+    if ROW_INDEX is None:
+        # The rows of a medium are of one sample; rows without one may run on into the next.
+        end_of_sample = (begin // seqlen + 1) * seqlen
+        end = tl.where(medium < 0, end, tl.minimum(end, end_of_sample))
+    return medium, begin, end, tl.load(WORK_ITEMS + item * 4 + 3)
+
+
+@triton.jit
+def load_rows(ROW_INDEX, offs_m, mask_m, total_rows, GROUP: tl.constexpr):
+    """The rows, of the batch, of packed rows."""
+    rows = offs_m // GROUP
+    if ROW_INDEX is not None:
+        rows = tl.load(ROW_INDEX + rows, mask=mask_m, other=0)
+        rows = tl.minimum(tl.maximum(rows, 0), total_rows - 1)
+    return rows
 
 
 @triton.jit
 def query_offsets(
-    offs_m, kv_head, sample, seqlen, stride_batch, stride_seqlen, stride_head, GROUP: tl.constexpr
+    ROW_INDEX,
+    rows,
+    begin,
+    offs_m,
+    kv_head,
+    seqlen,
+    stride_batch,
+    stride_seqlen,
+    stride_head,
+    GROUP: tl.constexpr,
 ):
-    """Element offsets of packed rows in a tensor of any strides."""
-    position = (offs_m // GROUP - sample * seqlen).to(tl.int64)
+    """Element offsets of packed rows in a (B, L, H, D) tensor of any strides."""
+    # Without ROW_INDEX all rows of a medium are of the sample of the first: one division.
+    sample = (begin if ROW_INDEX is None else rows) // seqlen
+    position = (rows - sample * seqlen).to(tl.int64)
     head = (kv_head * GROUP + offs_m % GROUP).to(tl.int64)
     return sample.to(tl.int64) * stride_batch + position * stride_seqlen + head * stride_head
 
 
 @triton.jit
-def contiguous_offsets(offs_m, kv_head, num_kv_heads, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+def contiguous_offsets(
+    rows, offs_m, kv_head, num_kv_heads, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Element offsets of packed rows in a contiguous (B, L, H, D) tensor."""
-    row = (offs_m // GROUP).to(tl.int64) * (num_kv_heads * GROUP)
-    return (row + kv_head * GROUP + offs_m % GROUP) * HEAD_DIM
+    heads = rows.to(tl.int64) * (num_kv_heads * GROUP)
+    return (heads + kv_head * GROUP + offs_m % GROUP) * HEAD_DIM
 
 
 @triton.jit
 def zero_rows(
     OUT,
+    ROW_INDEX,
     begin,
     end,
     kv_head,
     num_kv_heads,
+    total_rows,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,9 +88,11 @@ def zero_rows(
     zeros = tl.zeros((BLOCK_M, BLOCK_D), OUT.dtype.element_ty)
     for start in range(begin * GROUP, end * GROUP, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        rows = contiguous_offsets(offs_m, kv_head, num_kv_heads, GROUP, HEAD_DIM)
-        mask = (offs_m < end * GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        tl.store(OUT + rows[:, None] + offs_d[None, :], zeros, mask=mask)
+        mask_m = offs_m < end * GROUP
+        rows = load_rows(ROW_INDEX, offs_m, mask_m, total_rows, GROUP)
+        offsets = contiguous_offsets(rows, offs_m, kv_head, num_kv_heads, GROUP, HEAD_DIM)
+        mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+        tl.store(OUT + offsets[:, None] + offs_d[None, :], zeros, mask=mask)
 
 
 @triton.jit

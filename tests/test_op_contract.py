@@ -106,6 +106,40 @@ def _raw_calls(impl: str):
             (wide, wide, wide, wide, wide[0], wide[0], None, mean[:0], rstd, True, x.dtype)
             + (False, False, True, False, impl),
         ),
+        *_raw_attention_calls(impl),
+    ]
+
+
+def _raw_attention_calls(impl: str):
+    """Some on 170 tokens of one medium, which is split; most on a few."""
+    forward = torch.ops.flamingo_fast.one_medium_attention_fwd
+    backward = torch.ops.flamingo_fast.one_medium_attention_bwd
+    few, many = (
+        ff.MediaLayout.from_media_locations(torch.arange(seqlen)[None] == 1, 2)
+        for seqlen in (5, 170)
+    )
+    assert (many.split_media[:, 0] >= 0).any()
+    lengths = torch.tensor([3, 0], dtype=torch.int32)
+    k, v = torch.randn(2, 2, 8, 1, 16)
+    halves = torch.randn(2, 8, 2, 1, 16).unbind(2)
+    stepped = torch.randn(1, 5, 2, 32)[..., ::2]
+
+    sorted_rows = ff.MediaLayout.from_intervals(few.media_start, few.media_end, 2, 1)
+
+    def gradients(layout, dtype, kv, seqlens, need_dq, need_dkv, interleaved):
+        q = torch.randn(1, layout.seqlen, 2, 16, dtype=dtype)
+        log_sums = torch.randn((1, 1, layout.seqlen, 2) if impl == "triton" else 0)
+        arguments = (q, q, *(tensor.to(dtype) for tensor in kv), log_sums)
+        schedule = (layout.work_items, layout.split_media, layout.row_index, seqlens)
+        return backward, (*arguments, *schedule, 0.25, need_dq, need_dkv, interleaved, impl)
+
+    return [
+        (forward, (stepped, k, v, few.work_items, None, None, 0.25, True, impl)),
+        (forward, (stepped, *halves, few.work_items, None, lengths, 0.25, False, impl)),
+        gradients(many, torch.bfloat16, (k, v), None, True, True, False),
+        gradients(few, torch.float32, (k, v), lengths, True, False, False),
+        gradients(few, torch.float32, halves, lengths, True, True, True),
+        gradients(sorted_rows, torch.bfloat16, halves, None, False, True, True),
     ]
 
 

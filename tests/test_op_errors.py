@@ -1,5 +1,7 @@
 """Wrong arguments: the error names the argument, what it was and what was expected."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,6 +14,24 @@ GATE, WEIGHT = torch.zeros(1), torch.ones(8)
 
 def _gated(x=X, y=X, gate=GATE, weight=WEIGHT, bias=None, eps=1e-5, **kwargs):
     return ff.gated_residual_norm(x, y, gate, weight, bias, eps=eps, **kwargs)
+
+
+LOCATIONS = torch.tensor([[False, True, True, False, False], [True, False, True, False, False]])
+LAYOUT = ff.MediaLayout.from_media_locations(LOCATIONS, 2)
+Q, K = torch.randn(2, 5, 4, 8), torch.randn(4, 3, 2, 8)
+STARTS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+def _attend(q=Q, k=K, v=None, layout=LAYOUT, **kwargs):
+    return ff.masked_cross_attention(q, k, k if v is None else v, layout, **kwargs)
+
+
+def _layout(locations=LOCATIONS, num_media=2, *args, **kwargs):
+    return ff.MediaLayout.from_media_locations(locations, num_media, *args, **kwargs)
+
+
+def _intervals(start=STARTS, end=STARTS + 1, num_media=2, per_token=1, **kwargs):
+    return ff.MediaLayout.from_intervals(start, end, num_media, per_token, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +77,190 @@ def _gated(x=X, y=X, gate=GATE, weight=WEIGHT, bias=None, eps=1e-5, **kwargs):
     ],
 )
 def test_error_names_argument_value_and_expectation(call, error, words):
+    _assert_raises(call, error, words)
+
+
+def _assert_raises(call, error, words):
     with pytest.raises(error) as raised:
         call()
     message = str(raised.value)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: _attend(q=None), TypeError, ["q", "tensor", "NoneType"]),
+        (lambda: _attend(k=K.int()), TypeError, ["k", "floating-point", "int32"]),
+        (lambda: _attend(layout=LOCATIONS), TypeError, ["layout", "MediaLayout", "Tensor"]),
+        (lambda: _attend(q=Q[0]), ValueError, ["q", "(B, L, H, D)", "(5, 4, 8)"]),
+        (lambda: _attend(q=Q[..., :0]), ValueError, ["q", "D >= 1", "(2, 5, 4, 0)"]),
+        (lambda: _attend(q=Q[:1]), ValueError, ["layout", "1 x 5", "2 x 5"]),
+        (lambda: _attend(q=Q[:, :4]), ValueError, ["layout", "2 x 4", "2 x 5"]),
+        (lambda: _attend(layout=LAYOUT.last(1)), ValueError, ["layout", "2 x 5", "2 x 1"]),
+        (lambda: _attend(k=K[0]), ValueError, ["k", "(B, N, R, Hkv, D)", "(3, 2, 8)"]),
+        (lambda: _attend(k=K[:3]), ValueError, ["k", "(4,)", "(3, 3, 2, 8)"]),
+        (
+            lambda: _attend(k=K.view(4, 1, 3, 2, 8)),
+            ValueError,
+            ["k", "(2, 2)", "(4, 1, 3, 2, 8)"],
+        ),
+        (
+            lambda: _attend(k=K.view(2, 2, 3, 2, 8), layout=_layout(num_media=[1, 3])),
+            ValueError,
+            ["k", "different numbers", "(2, 2, 3, 2, 8)"],
+        ),
+        (lambda: _attend(k=K[..., :4]), ValueError, ["k", "head_dim 8", "(4, 3, 2, 4)"]),
+        (lambda: _attend(q=Q[:, :, :3]), ValueError, ["k", "divide", "3", "(4, 3, 2, 8)"]),
+        (lambda: _attend(k=K[:, :, :0]), ValueError, ["k", "divide", "(4, 3, 0, 8)"]),
+        (lambda: _attend(v=K[:, :2]), ValueError, ["v", "(4, 3, 2, 8)", "(4, 2, 2, 8)"]),
+        (lambda: _attend(k=K.half()), TypeError, ["k", "float32", "float16"]),
+        (lambda: _attend(v=K.double()), TypeError, ["v", "float32", "float64"]),
+        (lambda: _attend(v=K.to("meta")), ValueError, ["v", "cpu", "meta"]),
+        (
+            lambda: _attend(q=Q.to("meta"), k=K.to("meta")),
+            ValueError,
+            ["layout", "meta", "cpu"],
+        ),
+        (lambda: _attend(softmax_scale=float("nan")), ValueError, ["softmax_scale", "nan"]),
+        (lambda: _attend(softmax_scale="8"), ValueError, ["softmax_scale", "number", "'8'"]),
+        (lambda: _attend(unattended="none"), ValueError, ["unattended", "dense", "none"]),
+        (lambda: _attend(past_last="dense"), ValueError, ["past_last", "uniform", "dense"]),
+        (lambda: _attend(impl="flash"), ValueError, ["impl", "sdpa", "flash"]),
+        (lambda: ff.gated_residual(X, X, GATE, impl="sdpa"), ValueError, ["impl", "sdpa"]),
+    ],
+)
+def test_errors_of_attention(call, error, words):
+    _assert_raises(call, error, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"q": torch.randn(2, 5, 4, 264), "k": torch.randn(4, 3, 2, 264)}, ["256", "264"]),
+        ({"k": torch.randn(4, 129, 2, 8)}, ["128", "129"]),
+        ({"q": torch.randn(2, 5, 4, 136), "k": torch.randn(4, 64, 2, 136)}, ["fp32", "64 of 136"]),
+        ({"q": Q.double(), "k": K.double()}, ["fp32", "fp64"]),
+        ({"unattended": "dense"}, ["dense", "several media"]),
+        ({"layout": _layout(attend="all_previous")}, ["2 media a token", "take 1"]),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_attention_that_the_kernels_do_not_take(arguments, words):
+    """An error by name; "auto" finds another implementation."""
+    _assert_raises(
+        lambda: _attend(**arguments, impl="triton"), ff.BackendUnavailableError, ["triton", *words]
+    )
+    torch.testing.assert_close(_attend(**arguments), _attend(**arguments, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: _layout([[True]]), TypeError, ["media_locations", "tensor", "list"]),
+        (lambda: _layout(LOCATIONS.float()), TypeError, ["media_locations", "bool", "float32"]),
+        (lambda: _layout(LOCATIONS[0]), ValueError, ["media_locations", "(B, L)", "(5,)"]),
+        (lambda: _layout(attend="last"), ValueError, ["attend", "all_previous", "last"]),
+        (lambda: _layout(num_media=-1), ValueError, ["num_media", ">= 0", "-1"]),
+        (lambda: _layout(num_media=2.0), ValueError, ["num_media", "integer", "2.0"]),
+        (lambda: _layout(num_media=True), ValueError, ["num_media", "integer", "True"]),
+        (lambda: _layout(num_media=[2]), ValueError, ["num_media", "2 of them", "[2]"]),
+        (lambda: _layout(num_media=[2, -3]), ValueError, ["num_media", ">= 0", "[2, -3]"]),
+        (
+            lambda: _layout(num_media=torch.ones(2)),
+            TypeError,
+            ["num_media", "integers", "float32"],
+        ),
+        (
+            lambda: _layout(num_media=torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            ["num_media", "(2,)", "(3,)"],
+        ),
+        (
+            lambda: _layout(num_media=torch.ones(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            ["media_total", "sum of num_media", "meta"],
+        ),
+        (lambda: _layout(media_total=5), ValueError, ["media_total", "4", "5"]),
+        (
+            lambda: _layout(media_seqlens=torch.ones(4)),
+            TypeError,
+            ["media_seqlens", "integers", "float32"],
+        ),
+        (
+            lambda: _layout(media_seqlens=torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            ["media_seqlens", "(4,)", "(3,)"],
+        ),
+        (
+            lambda: _layout(media_seqlens=torch.ones(4, dtype=torch.int64, device="meta")),
+            ValueError,
+            ["media_seqlens", "cpu", "meta"],
+        ),
+        (
+            lambda: _layout(media_seqlens=torch.tensor([3, 3, -2, 3])),
+            ValueError,
+            ["media_seqlens", "medium 2", "-2"],
+        ),
+        (lambda: _intervals(start=STARTS.float()), TypeError, ["media_start", "int", "float32"]),
+        (lambda: _intervals(start=STARTS[0]), ValueError, ["media_start", "(B, L)", "(5,)"]),
+        (lambda: _intervals(end=STARTS[:1]), ValueError, ["media_end", "(2, 5)", "(1, 5)"]),
+        (lambda: _intervals(end=STARTS.to("meta")), ValueError, ["media_end", "cpu", "meta"]),
+        (lambda: _intervals(per_token=-1), ValueError, ["max_media_per_token", ">= 0", "-1"]),
+        (lambda: _intervals(per_token=0), ValueError, ["token 0 of sample 0", "[0, 1)", "0"]),
+        (lambda: _intervals(end=STARTS + 3), ValueError, ["token 0 of sample 0", "[0, 3)", "2"]),
+        (lambda: _intervals(start=STARTS - 1), ValueError, ["token 0", "[-1, 1)", "0 <= start"]),
+        (lambda: LAYOUT.last(6), ValueError, ["num_tokens", "0 to 5", "6"]),
+        (lambda: LAYOUT.last(-1), ValueError, ["num_tokens", "0 to 5", "-1"]),
+        (lambda: ff.MediaLayout.cat([]), ValueError, ["layouts", "at least one"]),
+        (lambda: ff.MediaLayout.cat([LAYOUT], dim=2), ValueError, ["dim", "0", "1", "2"]),
+        (
+            lambda: ff.MediaLayout.cat([LAYOUT, LAYOUT.last(2)]),
+            ValueError,
+            ["layouts[1]", "2 x 2", "2 x 5", "dim 0"],
+        ),
+        (
+            lambda: ff.MediaLayout.cat([LAYOUT, _layout(num_media=3)], dim=1),
+            ValueError,
+            ["layouts[1]", "6 media", "4 media", "dim 1"],
+        ),
+        (
+            lambda: ff.MediaLayout.cat([LAYOUT, _layout(LOCATIONS.to("meta"))]),
+            ValueError,
+            ["layouts[1]", "meta", "cpu"],
+        ),
+        (
+            lambda: dataclasses.replace(LAYOUT, cu_media=LAYOUT.cu_media + 1).validate(),
+            ValueError,
+            ["cu_media", "[1, 3, 5]", "4"],
+        ),
+        (
+            lambda: dataclasses.replace(LAYOUT, max_media=1).validate(),
+            ValueError,
+            ["num_media", "1", "2"],
+        ),
+    ],
+)
+def test_errors_of_layouts(call, error, words):
+    _assert_raises(call, error, words)
+
+
+def test_use_impl_sdpa_is_of_attention_only(monkeypatch):
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["attn_mask"].shape)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    with ff.use_impl("sdpa"):
+        out = _attend()
+        squared = ff.squared_relu(X)
+    assert calls == [(2, 1, 5, 6)]
+    torch.testing.assert_close(out, _attend(impl="reference"))
+    assert torch.equal(squared, ff.squared_relu(X))
 
 
 def test_triton_on_a_cpu_without_the_interpreter(monkeypatch):

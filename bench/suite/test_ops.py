@@ -46,7 +46,7 @@ def test_op(
 ) -> None:
     case = _case(op.name, shape, dtype)
     try:
-        function = provider.build(DEVICE)
+        function = provider.build(case, mode)
     except Unavailable as reason:
         pytest.skip(str(reason))
     if found := problems(case, function, mode):

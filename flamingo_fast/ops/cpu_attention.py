@@ -19,15 +19,30 @@ _FORWARD_BLOCK, _BACKWARD_BLOCK = 512, 128
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
-def _media_rows(work_items: torch.Tensor) -> dict[int, list[tuple[int, int]]]:
-    """The row ranges of each medium; those of rows that attend to nothing under -1.
+def _media_rows(
+    work_items: torch.Tensor, row_index: torch.Tensor | None
+) -> dict[int, list[tuple[int, int]]]:
+    """The row ranges of each medium that has rows; of rows that attend to nothing under -1.
 
     In the order of the rows, which the processor prefetches, not in that of the schedule.
     """
     ranges: dict[int, list[tuple[int, int]]] = {}
     for medium, begin, end, _ in sorted(work_items.tolist(), key=lambda item: item[1]):
-        ranges.setdefault(medium, []).append((begin, end))
+        if begin < end:
+            runs = [(begin, end)] if row_index is None else _runs(row_index[begin:end].tolist())
+            ranges.setdefault(medium, []).extend(runs)
     return ranges
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive numbers in a sorted list of at least one."""
+    begin = previous = rows[0]
+    for row in rows[1:]:
+        if row != previous + 1:
+            yield begin, previous + 1
+            begin = row
+        previous = row
+    yield begin, previous + 1
 
 
 def _blocks(ranges: list[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
@@ -56,6 +71,7 @@ def one_medium_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     work_items: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
 ) -> torch.Tensor:
@@ -65,15 +81,16 @@ def one_medium_forward(
         return out
     kv_heads = k.shape[2]
     q_rows, out_rows = _heads_first(q, kv_heads), _heads_first(out, kv_heads)
-    keys, values = (tensor.transpose(1, 2).unsqueeze(1).unbind(0) for tensor in (k, v))
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
     num_valid = _num_valid(media_seqlens, k)
-    for medium, ranges in _media_rows(work_items).items():
+    for medium, ranges in _media_rows(work_items, row_index).items():
         if medium < 0 or num_valid[medium] == 0:
             for begin, end in ranges:
-                out_rows[:, :, begin:end].zero_()
+                out_rows.narrow(2, begin, end - begin).zero_()
             continue
-        medium_k = keys[medium].narrow(2, 0, num_valid[medium])
-        medium_v = values[medium].narrow(2, 0, num_valid[medium])
+        medium_k, medium_v = (
+            tensor.narrow(0, medium, 1).narrow(2, 0, num_valid[medium]) for tensor in (keys, values)
+        )
         for start, rows in _blocks(ranges, _FORWARD_BLOCK):
             queries = q_rows.narrow(2, start, rows).flatten(2, -2)
             attended = F.scaled_dot_product_attention(
@@ -122,6 +139,7 @@ def one_medium_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     work_items: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     dq: torch.Tensor,
@@ -134,18 +152,18 @@ def one_medium_backward(
     q_rows, dout_rows = _heads_first(q, kv_heads), _heads_first(dout, kv_heads)
     dq_rows = _heads_first(dq, kv_heads) if need_dq else dq
     num_valid = _num_valid(media_seqlens, k)
-    media_rows = _media_rows(work_items)
+    media_rows = _media_rows(work_items, row_index)
     longest = max((end - begin for r in media_rows.values() for begin, end in r), default=0)
     buffers = _Buffers(q, k, longest)
+    if need_dkv:
+        for medium in range(k.shape[0]):
+            if medium not in media_rows or num_valid[medium] == 0:
+                dkv[:, medium].zero_()
     for medium, ranges in media_rows.items():
         valid = num_valid[medium] if medium >= 0 else 0
-        has_rows = any(begin < end for begin, end in ranges)
         if valid == 0:
             for begin, end in ranges if need_dq else ():
-                dq_rows[:, :, begin:end].zero_()
-        if valid == 0 or not has_rows:
-            if medium >= 0 and need_dkv:
-                dkv[:, medium].zero_()
+                dq_rows.narrow(2, begin, end - begin).zero_()
             continue
         medium_k, medium_v, dk, dv = buffers.keys(valid)
         medium_k.copy_(k[medium, :valid].transpose(0, 1))

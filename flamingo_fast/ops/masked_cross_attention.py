@@ -34,6 +34,7 @@ def _forward(
     k: torch.Tensor,
     v: torch.Tensor,
     work_items: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     need_lse: bool,
@@ -43,9 +44,21 @@ def _forward(
         from flamingo_fast.kernels.one_medium_forward import one_medium_fwd
 
         return one_medium_fwd(
-            q, k, v, work_items, media_seqlens, softmax_scale, need_lse, _input_precision()
+            q,
+            k,
+            v,
+            work_items,
+            row_index,
+            media_seqlens,
+            softmax_scale,
+            need_lse,
+            _input_precision(),
         )
-    out = cpu_attention.one_medium_forward(q, k, v, work_items, media_seqlens, softmax_scale)
+    # Its calls are not those of a model: autocast would round fp32 to 16 bits.
+    with torch.autocast("cpu", enabled=False):
+        out = cpu_attention.one_medium_forward(
+            q, k, v, work_items, row_index, media_seqlens, softmax_scale
+        )
     return out, q.new_empty(0, dtype=torch.float32)
 
 
@@ -54,6 +67,7 @@ def _fake_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     work_items: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     need_lse: bool,
@@ -92,6 +106,7 @@ def _backward(
     lse: torch.Tensor,
     work_items: torch.Tensor,
     split_media: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     need_dq: bool,
@@ -113,6 +128,7 @@ def _backward(
             work_items,
             split_media,
             num_slots(q.shape[0], q.shape[1]),
+            row_index,
             media_seqlens,
             softmax_scale,
             dq,
@@ -121,7 +137,7 @@ def _backward(
         )
     else:
         cpu_attention.one_medium_backward(
-            dout, q, k, v, work_items, media_seqlens, softmax_scale, dq, separate
+            dout, q, k, v, work_items, row_index, media_seqlens, softmax_scale, dq, separate
         )
     return dq, dkv
 
@@ -134,6 +150,7 @@ def _fake_backward(
     lse: torch.Tensor,
     work_items: torch.Tensor,
     split_media: torch.Tensor,
+    row_index: torch.Tensor | None,
     media_seqlens: torch.Tensor | None,
     softmax_scale: float,
     need_dq: bool,
@@ -146,14 +163,16 @@ def _fake_backward(
 
 _forward_op = register_op(
     "one_medium_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor work_items, "
-    "Tensor? media_seqlens, float softmax_scale, bool need_lse, str impl) -> (Tensor, Tensor)",
+    "Tensor? row_index, Tensor? media_seqlens, float softmax_scale, bool need_lse, str impl) "
+    "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 _backward_op = register_op(
     "one_medium_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, "
-    "Tensor work_items, Tensor split_media, Tensor? media_seqlens, float softmax_scale, "
-    "bool need_dq, bool need_dkv, bool interleaved, str impl) -> (Tensor, Tensor)",
+    "Tensor work_items, Tensor split_media, Tensor? row_index, Tensor? media_seqlens, "
+    "float softmax_scale, bool need_dq, bool need_dkv, bool interleaved, str impl) "
+    "-> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
@@ -168,13 +187,16 @@ class _OneMediumAttentionFn(torch.autograd.Function):
         v: torch.Tensor,
         work_items: torch.Tensor,
         split_media: torch.Tensor,
+        row_index: torch.Tensor | None,
         media_seqlens: torch.Tensor | None,
         softmax_scale: float,
+        need_lse: bool,
         impl: str,
     ) -> torch.Tensor:
-        need_lse = any(ctx.needs_input_grad[:3])
-        out, lse = _forward_op(q, k, v, work_items, media_seqlens, softmax_scale, need_lse, impl)
-        ctx.save_for_backward(q, k, v, lse, work_items, split_media, media_seqlens)
+        out, lse = _forward_op(
+            q, k, v, work_items, row_index, media_seqlens, softmax_scale, need_lse, impl
+        )
+        ctx.save_for_backward(q, k, v, lse, work_items, split_media, row_index, media_seqlens)
         ctx.softmax_scale = softmax_scale
         ctx.impl = impl
         return out
@@ -182,7 +204,7 @@ class _OneMediumAttentionFn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, lse, work_items, split_media, media_seqlens = ctx.saved_tensors
+        q, k, v, lse, work_items, split_media, row_index, media_seqlens = ctx.saved_tensors
         need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
         interleaved = _of_one_projection(k, v)
         dq, dkv = _backward_op(
@@ -193,6 +215,7 @@ class _OneMediumAttentionFn(torch.autograd.Function):
             lse,
             work_items,
             split_media,
+            row_index,
             media_seqlens,
             ctx.softmax_scale,
             need_dq,
@@ -205,7 +228,7 @@ class _OneMediumAttentionFn(torch.autograd.Function):
             dq if need_dq else None,
             dk if need_dk else None,
             dv if need_dv else None,
-            *[None] * 5,
+            *[None] * 7,
         )
 
 
@@ -268,30 +291,28 @@ def _sdpa(
         scale=softmax_scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return torch.where(kept[..., None, None], out.transpose(1, 2), 0)
+    # Autocast may have had its way.
+    return torch.where(kept[..., None, None], out.transpose(1, 2), 0).to(q.dtype)
 
 
 def _mean_of_values(v: torch.Tensor, layout: MediaLayout, num_heads: int) -> torch.Tensor:
     """(B, H, D): of all valid tokens of the sample's media; 0 where there are none."""
-    media_total, num_keys, kv_heads, head_dim = v.shape
-    wide = torch.promote_types(v.dtype, torch.float32)
-    media = torch.arange(media_total, device=v.device)
-    first, end = layout.cu_media[:-1, None], layout.cu_media[1:, None]
-    # A product with zeros and ones adds up in a fixed order; index_add does not on a GPU.
-    of_sample = ((media >= first) & (media < end)).to(wide)
-    if layout.media_seqlens is None:
-        sums = v.sum(1, dtype=wide)
-        counts = of_sample.sum(1) * num_keys
-    else:
-        lengths = layout.media_seqlens.clamp(max=num_keys)
+    num_keys = v.shape[1]
+    if layout.media_seqlens is not None:
+        lengths = layout.media_seqlens.clamp(0, num_keys)
         tokens = torch.arange(num_keys, device=v.device) < lengths[:, None]
-        sums = torch.where(tokens[..., None, None], v, 0).sum(1, dtype=wide)
-        counts = of_sample @ lengths.to(wide)
-    # Matrix products under autocast would round to 16 bits.
-    with torch.autocast(v.device.type, enabled=False):
-        mean = of_sample @ sums.flatten(1) / counts.clamp(min=1)[:, None]
-    mean = mean.view(-1, kv_heads, 1, head_dim).expand(-1, -1, num_heads // kv_heads, -1)
-    return mean.flatten(1, 2).to(v.dtype)
+        v = torch.where(tokens[..., None, None], v, 0)
+    else:
+        lengths = torch.full_like(v[:, 0, 0, 0], num_keys, dtype=torch.int32)
+    sums = v.sum(1, dtype=torch.promote_types(v.dtype, torch.float32))
+    media = layout.cu_media[:-1, None] + torch.arange(layout.max_media, device=v.device)
+    of_sample = media < layout.cu_media[1:, None]
+    # Gathered, not multiplied with zeros and ones: what is not finite stays in its sample.
+    media = media.clamp(0, layout.media_total - 1)
+    total = torch.where(of_sample[..., None, None], sums[media], 0).sum(1)
+    count = torch.where(of_sample, lengths[media], 0).sum(1).clamp(min=1)
+    mean = (total / count[:, None, None]).to(v.dtype)
+    return mean.repeat_interleave(num_heads // v.shape[2], 1)
 
 
 def _not_in_triton(
@@ -371,21 +392,25 @@ def masked_cross_attention(
     impl = choose_impl(impl, q, reason, ATTENTION_IMPLS)
     if impl == "torch" and (q.device.type != "cpu" or layout.max_media_per_token > 1 or dense):
         impl = "sdpa"
-    if impl == "reference" or k.numel() == 0:
+    if impl == "reference" or q.numel() == 0 or k.numel() == 0:
         return reference.masked_cross_attention(
             q, k, v, layout, unattended, past_last, softmax_scale
         )
     if impl == "sdpa":
         out = _sdpa(q, k, v, layout, dense, softmax_scale)
     else:
+        # Inside the Function gradients are off, and inputs want them even under no_grad.
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         out = _OneMediumAttentionFn.apply(
             q,
             k,
             v,
             layout.work_items,
             layout.split_media,
+            layout.row_index,
             layout.media_seqlens,
             softmax_scale,
+            needs_grad,
             impl,
         )
     if "uniform" in (unattended, past_last):

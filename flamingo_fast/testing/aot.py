@@ -33,12 +33,16 @@ class Rules:
     allow_tf32: the case asks for TF32.
     may_spill: why registers may spill; empty: they may not.
     loads_128bit, stores_128bit: kernels whose widest global access must have 128 bits on NVIDIA.
+    tensor_cores: kernels whose products must be matrix instructions, on sm_90 wgmma.
+    two_blocks: kernels of which an SM of sm_80 and sm_90 must hold two blocks.
     """
 
     allow_tf32: bool = False
     may_spill: str = ""
     loads_128bit: tuple[str, ...] = ()
     stores_128bit: tuple[str, ...] = ()
+    tensor_cores: tuple[str, ...] = ()
+    two_blocks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Binary:
     spills: instructions that load from or store to it; gfx942: spilled VGPRs.
     shared_bytes: static and dynamic, per block, without the driver's own.
     matrix_instructions: HMMA, HGMMA, UTCHMMA, ... or MFMA, in the program text.
+    wgmma: those of a warp group (HGMMA).
     load_bits, store_bits: widest global access of a thread, asynchronous copies included; a bulk
         (TMA) copy counts as 128, its unit. 0: none.
     tf32: a matrix instruction rounds its inputs to TF32 (gfx942: XF32).
@@ -47,6 +48,7 @@ class Binary:
     spills: int
     shared_bytes: int
     matrix_instructions: int
+    wgmma: int
     load_bits: int
     store_bits: int
     tf32: bool
@@ -111,6 +113,7 @@ def read_nvidia(usage: str, sass: str, ptx: str, num_warps: int, dynamic_shared:
         shared_bytes=dynamic_shared + max(static_shared - _RESERVED_SHARED_BYTES, 0),
         # Not the whole opcode: HFMA2.MMA moves a constant.
         matrix_instructions=sum(base.endswith("MMA") for base in bases),
+        wgmma=bases.count("HGMMA"),
         load_bits=_widest(opcodes, _SASS_LOADS),
         store_bits=_widest(opcodes, _SASS_STORES),
         # A dot or after a colon, not a bare "tf32": a kernel's name may hold that.
@@ -147,6 +150,7 @@ def read_amd(assembly: str, num_warps: int, dynamic_shared: int) -> Binary:
         spills=_amd_metadata(assembly, "vgpr_spill_count"),
         shared_bytes=dynamic_shared,
         matrix_instructions=len(matrix),
+        wgmma=0,
         load_bits=accesses["load"],
         store_bits=accesses["store"],
         tf32=any("xf32" in opcode for opcode in matrix),

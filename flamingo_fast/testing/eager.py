@@ -7,6 +7,8 @@ the activations' dtype, as in a model converted to that dtype.
 import torch
 import torch.nn.functional as F
 
+from flamingo_fast.layout import MediaLayout
+
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
@@ -44,3 +46,71 @@ def gated_residual_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     residual = gated_residual(x, y, gate)
     return residual, (rms_norm if norm == "rms" else layer_norm)(residual, weight, bias, eps)
+
+
+def masked_cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: MediaLayout,
+    *,
+    unattended: str = "zero",
+    past_last: str = "zero",
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """As OpenFlamingo: scores of all tokens and all keys, masked before and after the softmax.
+
+    Arguments are those of `flamingo_fast.masked_cross_attention`. Samples with fewer media than
+    the others are padded.
+    """
+    keys, values, valid = _dense_media(q, k, v, layout)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    attends = layout.attends()
+    after = layout.past_last()
+    before = ~attends & ~after
+    mask = layout.to_mask()[..., None].expand(*layout.media_start.shape, *keys.shape[1:3])
+    mask = mask.flatten(2)
+    if valid is not None:
+        mask = mask & valid[:, None]
+    everything = torch.ones_like(mask[:, :1]) if valid is None else valid[:, None]
+    if unattended == "dense":
+        mask = mask | (before[..., None] & everything)
+    scores = torch.einsum("blhd,bshd->bhls", q * softmax_scale, keys.flatten(1, 2))
+    scores = scores.masked_fill(~mask[:, None], -torch.finfo(q.dtype).max)
+    if scores.shape[-1] > 0:
+        scores = scores - scores.amax(-1, keepdim=True).detach()
+    weights = scores.softmax(-1)
+    weights = weights.masked_fill(~mask.any(-1)[:, None, :, None], 0.0)
+    for choice, rows in ((unattended, before), (past_last, after)):
+        if choice == "uniform":
+            mean = everything / everything.sum(-1, keepdim=True).clamp(min=1)
+            weights = torch.where(rows[:, None, :, None], mean[:, None].to(q.dtype), weights)
+    return torch.einsum("bhls,bshd->blhd", weights, values.flatten(1, 2))
+
+
+def _dense_media(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys and values, (B, N, R, H, D), and which of them are real, (B, N * R); None if all."""
+    batch, media = layout.batch_size, layout.max_media
+    if k.dim() == 5:
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    index = layout.cu_media[:-1, None] + torch.arange(media, device=k.device)
+    real = index < layout.cu_media[1:, None]
+    lengths = layout.media_seqlens
+    valid = None
+    if layout.media_total != batch * media or lengths is not None:
+        index = torch.where(real, index, 0)
+        tokens = torch.arange(k.shape[1], device=k.device)
+        valid = real[..., None].expand(*real.shape, k.shape[1])
+        if lengths is not None:
+            valid = valid & (tokens < lengths[index][..., None])
+        valid = valid.flatten(1)
+    if layout.media_total != batch * media:
+        k, v = k[index], v[index]
+    else:
+        k, v = (tensor.unflatten(0, (batch, media)) for tensor in (k, v))
+    group = q.shape[2] // k.shape[3]
+    if group > 1:
+        k, v = (tensor.repeat_interleave(group, dim=3) for tensor in (k, v))
+    return k, v, valid

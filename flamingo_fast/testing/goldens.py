@@ -17,7 +17,7 @@ from typing import Any
 import flamingo_fast
 from flamingo_fast.testing.aot import Compiled, PlannedCompile
 from flamingo_fast.testing.binaries import Binary
-from flamingo_fast.testing.occupancy import ARCHITECTURES
+from flamingo_fast.testing.occupancy import ARCHITECTURES, occupancy
 
 FOLDER = Path(flamingo_fast.__file__).parent / "kernels" / "goldens"
 
@@ -105,6 +105,7 @@ def failures(outcome: Compiled, goldens: Goldens | None) -> list[str]:
     if binary.tf32 and not rules.allow_tf32:
         found.append("TF32 in a kernel that did not ask for it")
     found += _narrow_accesses(outcome.plan, binary)
+    found += _idle_hardware(outcome.plan, binary)
     if goldens is not None:
         found += _regressions(outcome, goldens.get(key_of(outcome.plan)))
     return found
@@ -119,6 +120,21 @@ def _narrow_accesses(plan: PlannedCompile, binary: Binary) -> list[str]:
         found.append(f"widest global load: {binary.load_bits} bits, required 128")
     if kernel in plan.rules.stores_128bit and binary.store_bits < 128:
         found.append(f"widest global store: {binary.store_bits} bits, required 128")
+    return found
+
+
+def _idle_hardware(plan: PlannedCompile, binary: Binary) -> list[str]:
+    kernel, found = plan.kernel.partition("#")[0], []
+    if kernel in plan.rules.tensor_cores:
+        if plan.target == "sm_90" and binary.wgmma < binary.matrix_instructions:
+            others = binary.matrix_instructions - binary.wgmma
+            found.append(f"{others} matrix instructions other than wgmma")
+        if binary.matrix_instructions == 0:
+            found.append("no matrix instructions")
+    if kernel in plan.rules.two_blocks and plan.target in ("sm_80", "sm_90"):
+        resident = occupancy(plan.target, binary.registers, binary.num_warps, binary.shared_bytes)
+        if resident.blocks < 2:
+            found.append(f"blocks an SM: {resident.blocks}, required 2")
     return found
 
 

@@ -1,0 +1,722 @@
+"""What masked_cross_attention and MediaLayout promise beside the values."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import pickle
+
+import pytest
+import torch
+import torch._inductor.config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.utils import _apply_to_tensors, _to_kwargs
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data._utils.pin_memory import pin_memory
+
+import flamingo_fast as ff
+from flamingo_fast.bench.registry import Unavailable, require_cpp
+from flamingo_fast.kernels.launch import Target, recording
+from flamingo_fast.layout import ATTEND
+from flamingo_fast.testing.compare import outputs_and_gradients
+from flamingo_fast.testing.guard import RaceError, guard
+from flamingo_fast.testing.inputs import random_tensor
+
+# `flamingo_fast.ops.masked_cross_attention` is a function to whoever imports it from the package.
+attention = importlib.import_module("flamingo_fast.ops.masked_cross_attention")
+
+BF16 = torch.bfloat16
+every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
+frozen_or_not = pytest.mark.parametrize(
+    "frozen", [(), ("k", "v"), ("q",), ("q", "v")], ids=lambda names: "".join(names) or "none"
+)
+
+
+def _locations(images=((2, 5), (0, 1, 9)), seqlen=12) -> torch.Tensor:
+    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
+    for sample, positions in enumerate(images):
+        locations[sample, list(positions)] = True
+    return locations
+
+
+def _layout(num_media=2, media_seqlens=None, **images) -> ff.MediaLayout:
+    """By default with tokens before the first medium and past the last one."""
+    return ff.MediaLayout.from_media_locations(
+        _locations(**images), num_media, media_seqlens=media_seqlens
+    )
+
+
+def _with_seqlens() -> ff.MediaLayout:
+    return _layout(media_seqlens=torch.tensor([5, 8, 0, 3]))
+
+
+def _split() -> ff.MediaLayout:
+    """Both media have more rows than a work item takes."""
+    layout = _layout(images=((3, 171),), seqlen=340)
+    assert (layout.split_media[:, 0] >= 0).all()
+    return layout
+
+
+LAYOUTS = {"whole": _layout, "media_seqlens": _with_seqlens, "split": _split}
+every_layout = pytest.mark.parametrize("make_layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def _inputs(layout, dtype=BF16, frozen=(), num_keys=8, device="cpu") -> dict[str, torch.Tensor]:
+    """Four query heads, two key/value heads, a head dim of 16."""
+    media_shape = (layout.media_total, num_keys, 2, 16)
+    shapes = {"q": (*layout.media_start.shape, 4, 16), "k": media_shape, "v": media_shape}
+    return {
+        name: random_tensor(shape, dtype, seed=seed).to(device).requires_grad_(name not in frozen)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def _run(layout, impl, dtype=BF16, frozen=(), wrap=lambda function: function, **options):
+    """The output and the gradients; `wrap` gets a function of q, k, v and the layout."""
+    function = wrap(functools.partial(ff.masked_cross_attention, impl=impl, **options))
+    inputs = _inputs(layout, dtype, frozen)
+    dout = random_tensor(tuple(inputs["q"].shape), torch.float64, seed=9)
+    return outputs_and_gradients(
+        lambda q, k, v: function(q, k, v, layout), inputs, ("out",), [dout]
+    )
+
+
+def _assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+def _checkpointed(function):
+    return lambda *arguments: checkpoint(function, *arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("layout_inside", [False, True], ids=["layout_given", "layout_built"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@every_impl
+def test_compile_fullgraph(impl, checkpointed, layout_inside, guarded):
+    layout = _with_seqlens()
+    locations = _locations()
+
+    def wrap(function):
+        attend = _checkpointed(function) if checkpointed else function
+
+        def with_layout(q, k, v, layout):
+            if layout_inside:
+                layout = ff.MediaLayout.from_media_locations(
+                    locations, 2, media_seqlens=layout.media_seqlens
+                )
+            return attend(q, k, v, layout)
+
+        torch._dynamo.reset()
+        return torch.compile(with_layout, fullgraph=True, backend="aot_eager")
+
+    compiled = _run(layout, impl, wrap=wrap, past_last="uniform")
+    _assert_equal(compiled, _run(layout, impl, past_last="uniform"))
+
+
+def test_compile_with_inductor():
+    try:
+        require_cpp()
+    except Unavailable as reason:
+        pytest.skip(f"needs apt package g++ or python3-dev: {reason}")
+
+    locations = _locations()
+
+    def function(q, k, v):
+        layout = ff.MediaLayout.from_media_locations(locations, 2)
+        return torch.relu(ff.masked_cross_attention(q, k, v, layout, impl="triton"))
+
+    inputs = _inputs(_layout(), torch.float32)
+    run = functools.partial(
+        outputs_and_gradients,
+        inputs=inputs,
+        output_names=("out",),
+        output_gradients=[random_tensor(tuple(inputs["q"].shape), torch.float64, seed=9)],
+    )
+    torch._dynamo.reset()
+    # Precompiling headers takes an openssl program, which fails now and then.
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+        compiled = run(torch.compile(function, fullgraph=True))
+    eager = run(function)
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@frozen_or_not
+@every_layout
+@pytest.mark.parametrize("impl", ["torch", "triton", "sdpa"])
+def test_fake_tensors_have_the_real_metadata(impl, make_layout, frozen):
+    layout = make_layout()
+
+    def run(inputs, layout):
+        out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
+        gradients = torch.autograd.grad(
+            out, [tensor for tensor in inputs.values() if tensor.requires_grad], out.detach()
+        )
+        return [out, *gradients]
+
+    real = run(_inputs(layout, frozen=frozen), layout)
+    mode = FakeTensorMode()
+    fake_inputs = {
+        name: mode.from_tensor(tensor) for name, tensor in _inputs(layout, frozen=frozen).items()
+    }
+    fake_layout = pytree.tree_map_only(torch.Tensor, mode.from_tensor, layout)
+    with mode:
+        fake = run(fake_inputs, fake_layout)
+    for real_tensor, fake_tensor in zip(real, fake, strict=True):
+        assert fake_tensor.shape == real_tensor.shape
+        assert fake_tensor.dtype == real_tensor.dtype
+        assert fake_tensor.stride() == real_tensor.stride()
+
+
+def test_gradients_of_halves_of_one_projection_are_halves_too():
+    """Halves of one memory, in the projection's order."""
+    layout = _layout()
+    q, _, _ = _inputs(layout, torch.float32).values()
+    projected = random_tensor((4, 8, 2, 2, 16), seed=5)
+    k, v = (half.requires_grad_() for half in projected.unbind(2))
+    for impl in ("torch", "triton"):
+        out = ff.masked_cross_attention(q, k, v, layout, impl=impl)
+        dk, dv = torch.autograd.grad(out.square().sum(), (k, v))
+        assert dk.stride() == k.stride() and dv.stride() == v.stride()
+        assert dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
+
+
+@every_impl
+def test_a_layout_serves_inference_mode_and_then_training(impl, guarded):
+    layout, fresh = _with_seqlens(), _with_seqlens()
+    with torch.inference_mode():
+        served = ff.masked_cross_attention(
+            **_inputs(layout), layout=layout, past_last="uniform", impl=impl
+        )
+    trained = _run(layout, impl, past_last="uniform")
+    assert torch.equal(served, trained["out"])
+    _assert_equal(trained, _run(fresh, impl, past_last="uniform"))
+
+
+@every_layout
+@every_impl
+def test_activation_checkpointing(impl, make_layout, guarded):
+    layout = make_layout()
+    _assert_equal(_run(layout, impl, wrap=_checkpointed), _run(layout, impl))
+
+
+@every_impl
+def test_double_backward_raises(impl):
+    layout = _layout()
+    inputs = _inputs(layout)
+    out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
+    (dq,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("choice", ["zero", "uniform"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@every_impl
+def test_autocast_changes_no_bit(impl, dtype, choice):
+    def wrap(function):
+        def under_autocast(*arguments):
+            with torch.autocast("cpu", BF16):
+                return function(*arguments)
+
+        return under_autocast
+
+    run = functools.partial(_run, _layout(), impl, dtype, unattended=choice, past_last=choice)
+    _assert_equal(run(wrap=wrap), run())
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+def test_autocast_keeps_the_dtype_of_other_implementations(impl):
+    layout = _layout()
+    inputs = _inputs(layout, torch.float32)
+    with torch.autocast("cpu", BF16):
+        out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
+    assert out.dtype == torch.float32
+    expected = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=3e-2)
+
+
+@every_layout
+def test_program_order_and_repetition_change_no_bit(make_layout):
+    layout = make_layout()
+    runs = []
+    for seed in (0, 1, 2, 2):
+        with guard(shuffle_seed=seed):
+            runs.append(_run(layout, "triton", past_last="uniform"))
+    for run in runs[1:]:
+        _assert_equal(run, runs[0])
+
+
+@every_layout
+def test_repetition_changes_no_bit_on_a_cpu(make_layout):
+    layout = make_layout()
+    _assert_equal(_run(layout, "torch"), _run(layout, "torch"))
+
+
+BATCH = ((4,), (1, 9, 10, 20, 33))
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_a_sample_does_not_depend_on_the_batch(sample, guarded):
+    counts = [len(positions) for positions in BATCH]
+    together = _layout(counts, images=BATCH, seqlen=40)
+    alone = _layout(counts[sample], images=BATCH[sample : sample + 1], seqlen=40)
+    q, k, v = (tensor.detach() for tensor in _inputs(together).values())
+    media = slice(sum(counts[:sample]), sum(counts[: sample + 1]))
+    everything = ff.masked_cross_attention(q, k, v, together, impl="triton")
+    one = ff.masked_cross_attention(
+        q[sample : sample + 1], k[media], v[media], alone, impl="triton"
+    )
+    assert torch.equal(everything[sample : sample + 1], one)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_last_tokens_are_those_of_the_whole_text(num_tokens, guarded):
+    layout = _layout([1, 5], images=BATCH, seqlen=40)
+    q, k, v = (tensor.detach() for tensor in _inputs(layout).values())
+    whole = ff.masked_cross_attention(q, k, v, layout, impl="triton")
+    first = 40 - num_tokens
+    last = ff.masked_cross_attention(q[:, first:], k, v, layout.last(num_tokens), impl="triton")
+    assert torch.equal(whole[:, first:], last)
+
+
+def _launches(layout, frozen, backward: bool):
+    """What a bf16 forward, or its backward, launches; q, k and v."""
+    inputs = _inputs(layout, frozen=frozen)
+    with guard() as forward:
+        out = ff.masked_cross_attention(**inputs, layout=layout, impl="triton")
+    if not backward:
+        return forward.launches, inputs
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    dout = random_tensor(tuple(out.shape), BF16, seed=9)
+    with guard() as guarded:
+        torch.autograd.grad(out, wanted, dout)
+    return guarded.launches, inputs
+
+
+def _item_and_kv_bytes(layout, k: torch.Tensor) -> int:
+    """A program reads its item and, if that has a medium, the medium's keys and values."""
+    items = len(layout.work_items)
+    with_medium = int((layout.work_items[:, 0] >= 0).sum())
+    kv_heads, medium_head_bytes = k.shape[2], k.shape[1] * k.shape[3] * 2
+    return kv_heads * (items * 16 + with_medium * 2 * medium_head_bytes)
+
+
+@pytest.mark.parametrize("make_layout", [_layout, _split], ids=["whole", "split"])
+def test_frozen_media_move_no_bytes_of_dk_and_dv(make_layout):
+    layout = make_layout()
+    launches, inputs = _launches(layout, ("k", "v"), backward=True)
+    assert [launch.kernel for launch in launches] == ["_one_medium_bwd_kernel"]
+    assert launches[0].bytes_stored == inputs["q"].nbytes
+    # Rows of q and dout, and a log-sum.
+    row_bytes = 4 * (2 * 16 * 2 + 4)
+    rows = int(layout.attends().sum())
+    assert launches[0].bytes_loaded == rows * row_bytes + _item_and_kv_bytes(layout, inputs["k"])
+
+
+@pytest.mark.parametrize("frozen", [("q",), ("q", "k"), ("q", "v")], ids=lambda n: "".join(n))
+def test_frozen_queries_move_no_bytes_of_dq(frozen):
+    launches, inputs = _launches(_layout(), frozen, backward=True)
+    assert [launch.kernel for launch in launches] == ["_one_medium_bwd_kernel"]
+    assert launches[0].bytes_stored == 2 * inputs["k"].nbytes
+
+
+@pytest.mark.parametrize("frozen", [("q",), ("k", "v")], ids=lambda n: "".join(n))
+@every_layout
+@every_impl
+def test_frozen_inputs_change_no_other_gradient(impl, make_layout, frozen, guarded):
+    layout = make_layout()
+    everything, some = _run(layout, impl), _run(layout, impl, frozen=frozen)
+    assert some.keys() == everything.keys() - {f"d{name}" for name in frozen}
+    _assert_equal(some, {name: everything[name] for name in some})
+
+
+@pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["training", "inference"])
+def test_the_log_sum_is_stored_for_a_backward_only(frozen):
+    layout = _layout()
+    launches, inputs = _launches(layout, frozen, backward=False)
+    log_sums = 0 if frozen else 4 * inputs["q"].shape[:3].numel()
+    assert launches[0].bytes_stored == inputs["q"].nbytes + log_sums
+
+
+@pytest.mark.parametrize("num_media", [2, 20])
+@every_impl
+def test_saved_for_backward(impl, num_media, guarded):
+    """q, k, v, the layout and a log-sum a row and head: nothing of L * N."""
+    images = (tuple(range(0, 60, 60 // num_media)),)
+    layout = _layout(num_media, images=images, seqlen=60)
+    inputs = _inputs(layout, num_keys=80 // num_media)
+    given = [*inputs.values(), *(leaf for leaf in pytree.tree_leaves(layout) if leaf is not None)]
+    given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
+    others = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in given_storages:
+            others.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
+    assert out.requires_grad
+    assert sum(others) == (4 * 60 * 4 if impl == "triton" else 0)
+
+
+class HostSyncError(RuntimeError):
+    """The host would wait for a GPU."""
+
+
+class _NoSyncingOps(TorchDispatchMode):
+    """Needs tensors that are not on the CPU; those of the meta device will do."""
+
+    _aten = torch.ops.aten
+    _READING = {
+        _aten._local_scalar_dense,
+        _aten.bincount,
+        _aten.equal,
+        _aten.is_nonzero,
+        _aten.masked_select,
+        _aten.nonzero,
+        _aten.repeat_interleave,
+        _aten._unique2,
+        _aten.unique_consecutive,
+        _aten.unique_dim,
+    }
+    _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
+
+    @staticmethod
+    def _on_cpu(args, kwargs) -> bool:
+        leaves = pytree.tree_leaves((args, kwargs))
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        devices |= {leaf for leaf in leaves if isinstance(leaf, torch.device)}
+        return devices <= {torch.device("cpu")}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        op = func.overloadpacket
+        if self._on_cpu(args, kwargs):
+            return func(*args, **kwargs)
+        if op in self._READING:
+            raise HostSyncError(str(func))
+        if op in self._INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        ):
+            raise HostSyncError(f"{func} by a mask")
+        source = target = non_blocking = None
+        if op is self._aten._to_copy:
+            source, target = args[0].device, kwargs.get("device") or args[0].device
+            non_blocking = kwargs.get("non_blocking", False)
+        elif op is self._aten.copy_:
+            source, target = args[1].device, args[0].device
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        if source != target and (target.type == "cpu" or not non_blocking):
+            raise HostSyncError(f"{func} from {source} to {target}")
+        return func(*args, **kwargs)
+
+
+class _NoBlockingConstants(TorchFunctionMode):
+    """torch.tensor(numbers, device=...) copies them and waits, unseen by dispatch modes."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None:
+            if torch.device(device).type != "cpu":
+                raise HostSyncError(f"{func.__name__} on {device}")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_host_sync():
+    with _NoBlockingConstants(), _NoSyncingOps():
+        yield
+
+
+META = torch.zeros(4, device="meta")
+META_MASK = META > 0
+
+
+@pytest.mark.parametrize(
+    "synchronise",
+    [
+        META.sum().item,
+        META.tolist,
+        META.cpu,
+        META.nonzero,
+        META.unique,
+        lambda: float(META[0]),
+        lambda: bool(META_MASK.any()),
+        lambda: META[META_MASK],
+        lambda: META.clone().index_put_((META_MASK,), META[0]),
+        lambda: META.masked_select(META_MASK),
+        lambda: torch.equal(META, META),
+        lambda: torch.zeros(4).copy_(META),
+        lambda: torch.zeros(4).to("meta"),
+        lambda: META.clone().copy_(torch.zeros(4)),
+        lambda: torch.tensor([1, 2], device="meta"),
+    ],
+)
+def test_host_syncs_are_noticed(synchronise):
+    with _no_host_sync(), pytest.raises(HostSyncError):
+        synchronise()
+
+
+LOCATIONS = torch.zeros(2, 300, dtype=torch.bool, device="meta")
+COUNTS = torch.zeros(2, dtype=torch.int64, device="meta")
+STARTS = torch.zeros(2, 300, dtype=torch.int64, device="meta")
+LENGTHS = torch.zeros(6, dtype=torch.int64, device="meta")
+from_locations = functools.partial(ff.MediaLayout.from_media_locations, LOCATIONS)
+
+LAYOUTS_ON_META = {
+    **{attend: functools.partial(from_locations, 3, attend) for attend in ATTEND},
+    "counts": lambda: from_locations([2, 4]),
+    "counts_in_a_tensor": lambda: from_locations(torch.tensor([2, 4])),
+    "counts_on_the_device": lambda: from_locations(COUNTS, media_total=6),
+    "media_seqlens": lambda: from_locations(3, media_seqlens=LENGTHS),
+    "from_intervals": lambda: ff.MediaLayout.from_intervals(STARTS, STARTS, 3, 1),
+    "last": lambda: from_locations(3).last(200),
+    "cat_of_samples": lambda: ff.MediaLayout.cat([from_locations(2), from_locations(1)]),
+    "cat_of_text": lambda: ff.MediaLayout.cat([from_locations(3), from_locations(3)], dim=1),
+    "to": lambda: _layout(images=((2, 5), (1, 9)), seqlen=300).to("meta"),
+    "to_with_media_seqlens": lambda: _with_seqlens().to("meta"),
+}
+
+
+@pytest.mark.parametrize("make_layout", LAYOUTS_ON_META.values(), ids=LAYOUTS_ON_META.keys())
+def test_layouts_are_built_without_a_host_sync(make_layout):
+    with _no_host_sync():
+        layout = make_layout()
+        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
+    assert layout.device.type == "meta"
+    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+
+
+@pytest.fixture
+def real_launchers(monkeypatch):
+    """The registered ops would send tensors of the meta device to the fake implementation."""
+    monkeypatch.setattr(attention, "_forward_op", attention._forward)
+    monkeypatch.setattr(attention, "_backward_op", attention._backward)
+
+
+def _run_on_meta(layout, frozen=(), **options) -> list[str]:
+    """Forward and backward; the kernels that would have been launched."""
+    inputs = _inputs(layout, frozen=frozen, device="meta")
+    with recording(Target("sm_90", num_sms=132)) as launches, _no_host_sync():
+        out = ff.masked_cross_attention(**inputs, layout=layout, **options)
+        wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+        torch.autograd.grad(out, wanted, torch.empty_like(out))
+    return [launch.kernel.fn.__name__ for launch in launches]
+
+
+@pytest.mark.parametrize("frozen", [(), ("k", "v"), ("q",)], ids=lambda n: "".join(n) or "none")
+@pytest.mark.parametrize("name", ["previous", "next", "media_seqlens", "counts_on_the_device"])
+def test_real_launchers_make_no_host_sync(name, frozen, real_launchers):
+    kernels = ["_one_medium_fwd_kernel", "_one_medium_bwd_kernel"]
+    if "k" not in frozen:
+        kernels.append("_sum_split_media_kernel")
+    assert _run_on_meta(LAYOUTS_ON_META[name](), frozen, impl="triton") == kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("previous", {"impl": "triton", "unattended": "uniform"}),
+        ("media_seqlens", {"impl": "triton", "past_last": "uniform"}),
+        ("previous", {"impl": "sdpa"}),
+        ("all_previous", {"impl": "sdpa", "unattended": "dense"}),
+        ("media_seqlens", {"impl": "sdpa", "unattended": "dense"}),
+        ("counts_on_the_device", {"impl": "sdpa", "past_last": "uniform"}),
+        ("previous", {"impl": "torch"}),
+        ("media_seqlens", {"impl": "reference", "unattended": "dense"}),
+    ],
+    ids=str,
+)
+def test_the_torch_side_makes_no_host_sync(name, options, real_launchers):
+    launched = _run_on_meta(LAYOUTS_ON_META[name](), **options)
+    assert bool(launched) == (options["impl"] == "triton")
+
+
+@pytest.mark.parametrize("planted", ["_forward", "_backward"])
+def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
+    real = getattr(attention, planted)
+
+    def synchronising(first, *rest):
+        first.sum().item()
+        return real(first, *rest)
+
+    monkeypatch.setattr(attention, f"{planted}_op", synchronising)
+    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
+        _run_on_meta(from_locations(3), impl="triton")
+
+
+LARGEST, LOWEST = 2**31 - 1, -(2**31)
+
+
+@pytest.mark.parametrize(
+    ("field", "row"),
+    [
+        ("work_items", (LARGEST, 0, 20, -1)),
+        ("work_items", (LOWEST, 3, 20, 0)),
+        ("work_items", (2, 0, 9, 1)),
+        ("work_items", (0, LOWEST, 30, -1)),
+        ("work_items", (1, -5, LARGEST, 0)),
+        ("work_items", (1, 290, 700, -1)),
+        ("work_items", (1, LARGEST, LARGEST, 0)),
+        ("work_items", (1, 2**30, 300, 0)),
+        ("work_items", (-1, 2**30 + 7, 2**30 + 9, 0)),
+        ("work_items", (-1, -9, LARGEST, 0)),
+        ("work_items", (0, 0, LOWEST + 5000, -1)),
+        ("work_items", (-1, 0, LOWEST + 5000, -1)),
+        ("work_items", (0, 5, 9, LARGEST)),
+        ("work_items", (0, 5, 9, LOWEST)),
+        ("work_items", (0, 5, 9, 4)),
+        ("split_media", (LARGEST, 0, 2)),
+        ("split_media", (LOWEST, 0, 2)),
+        ("split_media", (2, 0, 2)),
+        ("split_media", (0, LOWEST, LARGEST)),
+        ("split_media", (0, LARGEST, LOWEST)),
+        ("split_media", (1, 3, 5)),
+    ],
+    ids=str,
+)
+def test_kernels_stay_in_bounds_whatever_a_layout_holds(field, row):
+    """One row alone: two that claim the same tokens would be a race, reported first."""
+    layout = _layout(images=((3, 171),), seqlen=340)
+    hostile = dataclasses.replace(layout, **{field: torch.tensor([row], dtype=torch.int32)})
+    with guard() as guarded:
+        _run(hostile, "triton")
+    assert [launch.kernel for launch in guarded.launches] == [
+        "_one_medium_fwd_kernel",
+        "_one_medium_bwd_kernel",
+        "_sum_split_media_kernel",
+    ]
+
+
+@pytest.mark.parametrize("row", [LARGEST, LOWEST, -1, 40])
+def test_kernels_stay_in_bounds_whatever_the_order_of_rows(row):
+    layout = _layout()
+    shuffled = ff.MediaLayout.from_intervals(layout.media_start, layout.media_end, [2, 3], 1)
+    rows = torch.arange(24, dtype=torch.int32)
+    rows[7] = row
+    with contextlib.suppress(RaceError), guard():
+        _run(dataclasses.replace(shuffled, row_index=rows), "triton")
+
+
+def test_kernels_stay_in_bounds_whatever_lengths_media_have():
+    lengths = torch.tensor([LARGEST, LOWEST, -1, 9], dtype=torch.int32)
+    hostile = dataclasses.replace(_layout(), media_seqlens=lengths)
+    sound = _layout(2, torch.tensor([8, 0, 0, 8]))
+    with guard():
+        _assert_equal(_run(hostile, "triton"), _run(sound, "triton"))
+
+
+def test_an_item_across_samples_ends_with_its_own():
+    layout = _layout(images=((0, 5), (0, 5)))
+    items = torch.tensor([[0, 4, 20, -1], [-1, 20, LARGEST, 5]], dtype=torch.int32)
+    layout = dataclasses.replace(layout, work_items=items)
+    with guard():
+        out = ff.masked_cross_attention(**_inputs(layout), layout=layout, impl="triton")
+    written = out.detach().isfinite().all(-1).all(-1).flatten()
+    assert written.tolist() == [4 <= row < 12 or row >= 20 for row in range(24)]
+
+
+@pytest.mark.parametrize("low_high", [(-3, 6), (LOWEST, LARGEST), (0, 400), (-1, 1)], ids=str)
+@pytest.mark.parametrize("in_order", [True, False])
+def test_schedules_of_garbage_are_built_and_stay_in_bounds(in_order, low_high):
+    """As of intervals on a GPU, which nobody validates; rows in two items are a race."""
+    generator = torch.Generator().manual_seed(0)
+    start, end, cu_media = (
+        torch.randint(*low_high, shape, dtype=torch.int32, generator=generator)
+        for shape in ((2, 300), (2, 300), (3,))
+    )
+    layout = ff.MediaLayout._with_schedule(start, end, cu_media, None, 4, 2, 1, in_order)
+    with contextlib.suppress(RaceError), guard():
+        _run(layout, "triton")
+
+
+def _peak_bytes(function) -> int:
+    """Of what PyTorch's CPU allocator had handed out at once, outputs included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = function()
+    events = [
+        event
+        for event in _all_events(profile.profiler.kineto_results.experimental_event_tree())
+        if event.tag == torch._C._profiler._EventType.Allocation
+    ]
+    del kept
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        now += event.extra_fields.alloc_size
+        peak = max(peak, now)
+    return peak
+
+
+def _all_events(events):
+    for event in events:
+        yield event
+        yield from _all_events(event.children)
+
+
+def test_peak_bytes_counts_what_is_alive_at_once():
+    def function():
+        for _ in range(3):
+            temporary = torch.empty(1 << 20, dtype=torch.uint8)
+            del temporary
+        return torch.empty(1 << 10, dtype=torch.uint8)
+
+    assert 1 << 20 <= _peak_bytes(function) < (1 << 20) + (1 << 14)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_the_torch_implementation_allocates_little(dtype):
+    """At most twice q at once, the results included but for dk and dv, which have k's size."""
+    generator = torch.Generator().manual_seed(0)
+    images = (tuple(torch.randperm(2048, generator=generator)[:32].tolist()),)
+    layout = _layout(32, images=images, seqlen=2048)
+    q, k, v, dout = (
+        random_tensor(shape, dtype, seed=seed, requires_grad=seed < 3)
+        for seed, shape in enumerate([(1, 2048, 8, 64), *[(32, 64, 8, 64)] * 2, (1, 2048, 8, 64)])
+    )
+    outputs = []
+    forward = _peak_bytes(
+        lambda: outputs.append(ff.masked_cross_attention(q, k, v, layout, impl="torch"))
+    )
+    backward = _peak_bytes(lambda: torch.autograd.grad(outputs[0], (q, k, v), dout))
+    assert q.nbytes <= forward <= 2 * q.nbytes
+    assert q.nbytes <= backward - k.nbytes - v.nbytes <= 2 * q.nbytes
+
+
+MOVES = {
+    "tree_map": lambda layout: pytree.tree_map(lambda leaf: leaf, layout),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layout: pickle.loads(pickle.dumps(layout)),
+    "pin_memory": pin_memory,
+    "to": lambda layout: layout.to("cpu"),
+    "fsdp": functools.partial(_apply_to_tensors, torch.clone),
+    "ddp": lambda layout: _to_kwargs((layout,), {}, torch.device("cpu"), False)[0][0][0],
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+@every_layout
+def test_layouts_survive_what_wrappers_do_to_inputs(make_layout, move):
+    layout = make_layout()
+    moved = move(layout)
+    assert isinstance(moved, ff.MediaLayout)
+    assert moved == layout
+    _assert_equal(_run(moved, "torch"), _run(layout, "torch"))
+
+
+@pytest.mark.parametrize("make_layout", [_layout, _with_seqlens])
+def test_leaves_of_a_layout_are_its_tensors(make_layout):
+    """A function of tensors can be mapped over it, as wrappers do."""
+    layout = make_layout()
+    assert all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(layout))
+    assert pytree.tree_map(torch.clone, layout) == layout
+    assert layout != _split()
