@@ -19,19 +19,25 @@ _FORWARD_BLOCK, _BACKWARD_BLOCK = 512, 128
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
-def _media_rows(
-    work_items: torch.Tensor, row_index: torch.Tensor | None
-) -> dict[int, list[tuple[int, int]]]:
-    """The row ranges of each medium that has rows; of rows that attend to nothing under -1.
+def _blocks(
+    work_items: torch.Tensor, row_index: torch.Tensor | None, length: int
+) -> list[tuple[int, int, int]]:
+    """(medium, first row, number of rows): each row of the batch once, in the order of the rows.
 
-    In the order of the rows, which the processor prefetches, not in that of the schedule.
+    In that order, not in the schedule's, the processor prefetches them. Medium -1 is for rows that
+    attend to nothing; `length` is the most rows of a block.
     """
-    ranges: dict[int, list[tuple[int, int]]] = {}
-    for medium, begin, end, _ in sorted(work_items.tolist(), key=lambda item: item[1]):
+    blocks = []
+    for medium, begin, end, _ in work_items.tolist():
         if begin < end:
             runs = [(begin, end)] if row_index is None else _runs(row_index[begin:end].tolist())
-            ranges.setdefault(medium, []).extend(runs)
-    return ranges
+            blocks += [
+                (medium, start, min(length, stop - start))
+                for first, stop in runs
+                for start in range(first, stop, length)
+            ]
+    blocks.sort(key=lambda block: block[1])
+    return blocks
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
@@ -43,13 +49,6 @@ def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
             begin = row
         previous = row
     yield begin, previous + 1
-
-
-def _blocks(ranges: list[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of blocks that cover the ranges."""
-    for begin, end in ranges:
-        for start in range(begin, end, length):
-            yield start, min(length, end - start)
 
 
 def _heads_first(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -80,34 +79,38 @@ def one_medium_forward(
     if q.numel() == 0:
         return out
     kv_heads = k.shape[2]
-    q_rows, out_rows = _heads_first(q, kv_heads), _heads_first(out, kv_heads)
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
     num_valid = _num_valid(media_seqlens, k)
-    for medium, ranges in _media_rows(work_items, row_index).items():
-        if medium < 0 or num_valid[medium] == 0:
-            for begin, end in ranges:
-                out_rows.narrow(2, begin, end - begin).zero_()
+    blocks = _blocks(work_items, row_index, _FORWARD_BLOCK)
+    lengths = [rows for *_, rows in blocks]
+    queries = _heads_first(q, kv_heads).split(lengths, 2)
+    outs = _heads_first(out, kv_heads).split(lengths, 2)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    num_keys, has_groups = k.shape[1], q.shape[2] != kv_heads
+    current = -1
+    # A view costs as much as attention for a few rows: none that is not needed.
+    for (medium, _, _), query, block_out in zip(blocks, queries, outs, strict=True):
+        valid = num_valid[medium] if medium >= 0 else 0
+        if valid == 0:
+            block_out.zero_()
             continue
-        medium_k, medium_v = (
-            tensor.narrow(0, medium, 1).narrow(2, 0, num_valid[medium]) for tensor in (keys, values)
-        )
-        for start, rows in _blocks(ranges, _FORWARD_BLOCK):
-            queries = q_rows.narrow(2, start, rows).flatten(2, -2)
-            attended = F.scaled_dot_product_attention(
-                queries, medium_k, medium_v, scale=softmax_scale
-            )
-            block = out_rows.narrow(2, start, rows)
-            block.copy_(attended.view(block.shape))
+        if medium != current:
+            current = medium
+            medium_k, medium_v = keys.narrow(0, medium, 1), values.narrow(0, medium, 1)
+            if valid < num_keys:
+                medium_k, medium_v = medium_k.narrow(2, 0, valid), medium_v.narrow(2, 0, valid)
+        if has_groups:
+            query = query.flatten(2, 3)
+        attended = F.scaled_dot_product_attention(query, medium_k, medium_v, scale=softmax_scale)
+        block_out.copy_(attended.view(block_out.shape) if has_groups else attended)
     return out
 
 
 class _Buffers:
     """fp32 (fp64) memory for the tensors of one block, reused for all."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, longest: int) -> None:
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, rows: int) -> None:
         _, num_keys, self.kv_heads, self.head_dim = k.shape
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        rows = min(longest, _BACKWARD_BLOCK) * (q.shape[2] // self.kv_heads)
         self._rows = [
             q.new_empty(self.kv_heads * rows * self.head_dim, dtype=self.dtype) for _ in range(2)
         ]
@@ -152,24 +155,24 @@ def one_medium_backward(
     q_rows, dout_rows = _heads_first(q, kv_heads), _heads_first(dout, kv_heads)
     dq_rows = _heads_first(dq, kv_heads) if need_dq else dq
     num_valid = _num_valid(media_seqlens, k)
-    media_rows = _media_rows(work_items, row_index)
-    longest = max((end - begin for r in media_rows.values() for begin, end in r), default=0)
-    buffers = _Buffers(q, k, longest)
-    if need_dkv:
-        for medium in range(k.shape[0]):
-            if medium not in media_rows or num_valid[medium] == 0:
-                dkv[:, medium].zero_()
-    for medium, ranges in media_rows.items():
-        valid = num_valid[medium] if medium >= 0 else 0
-        if valid == 0:
-            for begin, end in ranges if need_dq else ():
-                dq_rows.narrow(2, begin, end - begin).zero_()
-            continue
+    of_medium: dict[int, list[tuple[int, int]]] = {}
+    for medium, start, rows in _blocks(work_items, row_index, _BACKWARD_BLOCK):
+        if medium >= 0 and num_valid[medium] > 0:
+            of_medium.setdefault(medium, []).append((start, rows))
+        elif need_dq:
+            dq_rows.narrow(2, start, rows).zero_()
+    for medium in range(k.shape[0]) if need_dkv else ():
+        if medium not in of_medium:
+            dkv[:, medium].zero_()
+    longest = max((rows for blocks in of_medium.values() for _, rows in blocks), default=0)
+    buffers = _Buffers(q, k, longest * group)
+    for medium, blocks in of_medium.items():
+        valid = num_valid[medium]
         medium_k, medium_v, dk, dv = buffers.keys(valid)
         medium_k.copy_(k[medium, :valid].transpose(0, 1))
         medium_v.copy_(v[medium, :valid].transpose(0, 1))
         so_far = 0
-        for start, rows in _blocks(ranges, _BACKWARD_BLOCK):
+        for start, rows in blocks:
             queries, douts = buffers.rows(rows * group)
             for buffer, source in ((queries, q_rows), (douts, dout_rows)):
                 block = source.narrow(2, start, rows)
