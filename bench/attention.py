@@ -16,6 +16,7 @@ from flamingo_fast.bench.registry import (
     Provider,
     Shape,
     Unavailable,
+    compile_afresh,
     normal,
     require_inductor,
 )
@@ -200,6 +201,8 @@ def _build_open_flamingo(case: Case, mode: str) -> Callable[..., torch.Tensor]:
     keys_and_values = attention.to_kv = _KeysAndValues()
     text_time = case.inputs["layout"].media_end
     decoding = seqlen < media
+    if decoding and seqlen > 1:
+        raise Unavailable("its tokens after the prompt all attend to the last image")
     if decoding:
         locations = text_time.new_ones((len(text_time), media), dtype=torch.bool)
     else:
@@ -235,7 +238,7 @@ def _build_flex_attention(case: Case, mode: str) -> Callable[..., torch.Tensor]:
     block_mask = create_block_mask(
         attends, batch, None, seqlen, media * num_keys, device=case.device
     )
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compile_afresh(flex_attention)
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout

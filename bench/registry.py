@@ -69,14 +69,18 @@ def require_inductor(device: torch.device) -> None:
     torch._inductor.config.cpp_cache_precompile_headers = False
 
 
+def compile_afresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Else the graphs of earlier shapes count towards Dynamo's recompile limit, and a function that
+    # reaches it silently runs in eager mode.
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def _compiled(benchmark: "Benchmark") -> Provider:
     def build(case: "Case", mode: str) -> Callable[..., Any]:
         require_inductor(case.device)
         benchmark.check_eager(case, True)
-        # Else the graphs of earlier shapes count towards Dynamo's recompile limit, and a
-        # function that reaches it silently runs in eager mode.
-        torch.compiler.reset()
-        return torch.compile(benchmark.eager, dynamic=False)
+        return compile_afresh(benchmark.eager)
 
     return Provider("compile", build)
 

@@ -131,20 +131,22 @@ def gated_residual_norm_eager(shape: Shape, itemsize: int, mode: str, *, rms: bo
 def masked_cross_attention(shape: Shape, itemsize: int, mode: str) -> Work:
     """Of (B, L, N, H, D, R), every token attending to one medium, as many key heads as query heads.
 
-    Every tensor once. Modes are also "fwd_lse", a forward that saves the softmax's log-sum for the
-    backward, and "bwd_dq", a backward that only q wants. A (query, key) pair costs two products of
-    D numbers forward, five backward (scores and weights again; dP, dV, dK, dQ), three for dQ alone.
+    Every tensor once; where there are more media than tokens, only as many are read. Modes are also
+    "fwd_lse", a forward that saves the softmax's log-sum for the backward, and "bwd_dq", a backward
+    that only q wants. A (query, key) pair costs two products of D numbers forward, five backward
+    (scores and weights again; dP, dV, dK, dQ), three for dQ alone.
     """
     batch, seqlen, media, heads, head_dim, num_keys = shape
     rows = batch * seqlen * heads
     row_bytes = rows * head_dim * itemsize
-    key_bytes = 2 * batch * media * num_keys * heads * head_dim * itemsize
+    medium_bytes = 2 * num_keys * heads * head_dim * itemsize
+    key_bytes, read_bytes = batch * media * medium_bytes, batch * min(media, seqlen) * medium_bytes
     scores, elements = rows * num_keys, rows * head_dim
     product = 2 * scores * head_dim
     lse = rows * 4
-    fwd = Work(row_bytes + key_bytes, row_bytes, 5 * scores + elements, 2 * product)
+    fwd = Work(row_bytes + read_bytes, row_bytes, 5 * scores + elements, 2 * product)
     fwd_lse = fwd + Work(0, lse, 0)
-    loaded = 2 * row_bytes + key_bytes + lse
+    loaded = 2 * row_bytes + read_bytes + lse
     bwd = Work(loaded, row_bytes + key_bytes, 7 * scores + elements, 5 * product)
     bwd_dq = Work(loaded, row_bytes, 7 * scores + elements, 3 * product)
     modes = {"fwd": fwd, "fwd_lse": fwd_lse, "bwd": bwd, "bwd_dq": bwd_dq}
@@ -199,6 +201,7 @@ def one_medium_item_work(
         work = Work(0, rows * (row_bytes + saves_lse), 0)
         if medium >= 0:
             valid = num_keys if lengths is None else min(lengths[medium], num_keys)
+            valid = valid if rows else 0
             row_loads = row_bytes if mode.startswith("fwd") else 2 * row_bytes + 4
             flops = -(-rows // block_m) * block_m * row_flops
             work += Work(2 * valid * row_bytes + rows * row_loads, 0, 0, flops)

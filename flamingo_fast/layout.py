@@ -26,7 +26,11 @@ def chunk_rows(seqlen: int) -> int:
     reads K and V again, and its fp32 sums of dK and dV are written and read. A sixteenth of a row
     keeps both, and the memory for those sums, small.
     """
-    return max(128, _next_power_of_2(-(-seqlen // 16)))
+    # Not by bit_length: torch.compile would make a graph for every sixteen tokens.
+    rows = 128
+    while 16 * rows < seqlen:
+        rows *= 2
+    return rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -36,7 +40,7 @@ class MediaLayout:
     Make one with `from_media_locations` or `from_intervals`, once for each forward pass and outside
     checkpointed regions: it holds the schedule of the kernels too. It is a pytree of its tensors,
     so it passes through torch.compile, FSDP, DDP and activation checkpointing. Nothing here waits
-    for a GPU but `validate`, `==`, `repr` and `plot`.
+    for a GPU but `validate`, `==`, `plot` and `to` a CPU.
 
     Attributes:
         media_start, media_end: (B, L) int32; the token attends to media [start, end) of its
@@ -148,7 +152,7 @@ class MediaLayout:
         """
         _check_integers("media_start", media_start, 2)
         _check_integers("media_end", media_end, 2, like=media_start)
-        if not isinstance(max_media_per_token, int) or max_media_per_token < 0:
+        if not _is_count(max_media_per_token):
             raise ValueError(
                 f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
             )
@@ -158,8 +162,8 @@ class MediaLayout:
                 num_media, media_start.shape[0], media_total, device
             )
             layout = cls._with_schedule(
-                media_start.to(torch.int32, copy=True),
-                media_end.to(torch.int32, copy=True),
+                _to_int32(media_start),
+                _to_int32(media_end),
                 cu_media,
                 _seqlens(media_seqlens, media_total, device),
                 media_total,
@@ -243,9 +247,9 @@ class MediaLayout:
 
     def last(self, num_tokens: int) -> "MediaLayout":
         """The layout of the last `num_tokens` tokens of each row, as for decoding."""
-        if not 0 <= num_tokens <= self.seqlen:
+        if not _is_count(num_tokens) or num_tokens > self.seqlen:
             raise ValueError(
-                f"num_tokens: expected 0 to {self.seqlen}, the layout's length; got {num_tokens}"
+                f"num_tokens: expected 0 to {self.seqlen}, the layout's length; got {num_tokens!r}"
             )
         first = self.seqlen - num_tokens
         return self._with_tokens(
@@ -282,6 +286,10 @@ class MediaLayout:
             raise ValueError(f"dim: expected 0 (batch) or 1 (text), got {dim!r}")
         first = layouts[0]
         for index, layout in enumerate(layouts):
+            if not isinstance(layout, MediaLayout):
+                raise TypeError(
+                    f"layouts[{index}]: expected a MediaLayout, got {type(layout).__name__}"
+                )
             same = (
                 layout.seqlen == first.seqlen
                 if dim == 0
@@ -493,10 +501,6 @@ def _no_inference_tensors() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _next_power_of_2(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def num_slots(batch: int, seqlen: int) -> int:
     """Work items of split media at most: two for each whole chunk of a medium."""
     chunk = chunk_rows(seqlen)
@@ -530,21 +534,24 @@ def _count_media(
     device: torch.device,
 ) -> tuple[torch.Tensor, int, int]:
     """(cu_media, media_total, max_media)."""
-    if isinstance(num_media, int) and not isinstance(num_media, bool):
-        if num_media < 0:
-            raise ValueError(f"num_media: expected an integer >= 0, got {num_media}")
+    if isinstance(num_media, int | float):
+        if not _is_count(num_media):
+            raise ValueError(f"num_media: expected an integer >= 0, got {num_media!r}")
         cu_media = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_media
         max_media = num_media
         total = batch * num_media
     elif isinstance(num_media, torch.Tensor) and num_media.device.type != "cpu":
         _check_counts(num_media, batch)
+        if media_total is not None and not _is_count(media_total):
+            raise ValueError(f"media_total: expected an integer >= 0, got {media_total!r}")
         if media_total is None:
             raise ValueError(
                 "media_total: expected the sum of num_media, a tensor on "
                 f"{num_media.device} whose values are not waited for"
             )
         cu_media = torch.zeros(batch + 1, dtype=torch.int32, device=device)
-        cu_media[1:] = num_media.to(device).cumsum(0)
+        # What is beyond media_total does not exist.
+        cu_media[1:] = num_media.to(device).cumsum(0).clamp_(0, media_total)
         return cu_media, media_total, media_total
     else:
         if isinstance(num_media, torch.Tensor):
@@ -552,15 +559,15 @@ def _count_media(
             counts = num_media.tolist()
         else:
             counts = list(num_media) if isinstance(num_media, Sequence) else []
-        if len(counts) != batch or not all(
-            isinstance(count, int) and count >= 0 for count in counts
-        ):
+        if len(counts) != batch or not all(map(_is_count, counts)):
             raise ValueError(
                 f"num_media: expected an integer >= 0, {batch} of them or a ({batch},) integer "
                 f"tensor; got {num_media!r}"
             )
-        cu_media = torch.tensor(list(itertools.accumulate(counts, initial=0)), dtype=torch.int32)
-        # Not device= above, which waits for the copy.
+        cu_media = torch.tensor(
+            list(itertools.accumulate(counts, initial=0)), dtype=torch.int32, device="cpu"
+        )
+        # Not device=device above, which waits for the copy.
         cu_media = cu_media.to(device, non_blocking=True)
         max_media = max(counts, default=0)
         total = sum(counts)
@@ -569,8 +576,12 @@ def _count_media(
     return cu_media, total, max_media
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _check_counts(num_media: torch.Tensor, batch: int) -> None:
-    if num_media.is_floating_point() or num_media.dtype == torch.bool:
+    if not _holds_integers(num_media):
         raise TypeError(f"num_media: expected integers, got {num_media.dtype}")
     if num_media.shape != (batch,):
         raise ValueError(f"num_media: expected shape ({batch},), got {tuple(num_media.shape)}")
@@ -583,14 +594,24 @@ def _seqlens(
         return None
     if not isinstance(media_seqlens, torch.Tensor):
         raise TypeError(f"media_seqlens: expected a tensor, got {type(media_seqlens).__name__}")
-    if media_seqlens.is_floating_point() or media_seqlens.dtype == torch.bool:
+    if not _holds_integers(media_seqlens):
         raise TypeError(f"media_seqlens: expected integers, got {media_seqlens.dtype}")
     if media_seqlens.shape != (media_total,) or media_seqlens.device != device:
         raise ValueError(
             f"media_seqlens: expected shape ({media_total},) on {device}, "
             f"got {tuple(media_seqlens.shape)} on {media_seqlens.device}"
         )
-    return media_seqlens.to(torch.int32, copy=True)
+    return _to_int32(media_seqlens)
+
+
+def _holds_integers(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _to_int32(values: torch.Tensor) -> torch.Tensor:
+    """A copy; what does not fit stays wrong, or long, instead of wrapping."""
+    limits = torch.iinfo(torch.int32)
+    return values.clamp(limits.min, limits.max).to(torch.int32, copy=True)
 
 
 def _schedule(
@@ -615,9 +636,10 @@ def _schedule(
         keys = (2 * (first + media_start) + attends).flatten()
         wanted = torch.cat([2 * media + 1, 2 * cu_media])
     else:
-        keys, order = torch.sort(
-            torch.where(attends, first + media_start, media_total).flatten(), stable=True
-        )
+        flat = first + media_start
+        # Values that nobody validated: a row that attends to what there is not attends to nothing.
+        exists = attends & (flat >= 0) & (flat < media_total)
+        keys, order = torch.sort(torch.where(exists, flat, media_total).flatten(), stable=True)
         row_index = order.int()
         wanted = torch.arange(media_total + 1, dtype=torch.int32, device=device)
     begin = torch.searchsorted(keys, wanted, out_int32=True)

@@ -97,6 +97,8 @@ def _one_medium_bwd_kernel(
     num_valid = NUM_KEYS
     if MEDIA_SEQLENS is not None:
         num_valid = tl.minimum(tl.load(MEDIA_SEQLENS + medium), NUM_KEYS)
+    # A decoding step attends to one of many media: of the others nothing is read.
+    num_valid = tl.where(begin < end, num_valid, 0)
     k = load_keys(
         K,
         medium,
@@ -270,7 +272,7 @@ def one_medium_bwd(
     dout, q, k, v = map(last_dim_contiguous, (dout, q, k, v))
     need_dkv = dkv.numel() > 0
     rows_per_medium = batch * seqlen * group / max(media_total, 1)
-    config = backward_config(rows_per_medium, num_keys, head_dim, q.dtype, target_of(q))
+    config = backward_config(rows_per_medium, num_keys, head_dim, q.dtype, need_dkv, target_of(q))
     split = need_dkv and num_slots > 0
     partials = q.new_empty(
         (num_slots if split else 0, kv_heads, 2, num_keys, head_dim), dtype=torch.float32

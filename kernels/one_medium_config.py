@@ -45,28 +45,37 @@ def forward_config(
     block_r, block_d = _block(num_keys), _block(head_dim)
     if dtype == torch.float32:
         return OneMediumConfig(16, block_r, block_d, True, num_warps=8, num_stages=1)
-    num_warps = 4 if block_r * block_d <= 128 * 128 else 8
+    # What has more than 64 keys of 128 elements spills on sm_100 with 4 warps.
+    num_warps = 8 if block_r * block_d > 64 * 128 and target.arch == "sm_100" else 4
     block_m = _block_m(rows_per_sample)
     num_stages = 1 if target.arch == "gfx942" else 2
     return OneMediumConfig(block_m, block_r, block_d, True, num_warps, num_stages)
 
 
 def backward_config(
-    rows_per_medium: float, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
+    rows_per_medium: float,
+    num_keys: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    need_dkv: bool,
+    target: Target,
 ) -> OneMediumConfig:
     """Two blocks an SM for 64 keys of up to 128 elements, on sm_80 and sm_90 too.
 
     The fp32 sums of dK and dV fill 128 registers a thread at 64 keys of 128 elements with 4 warps.
-    128 keys of 128 elements take 8 warps, and with them one block an SM.
+    128 keys take 8 warps, at 64 elements too where matrix instructions read registers, and with
+    them one block an SM.
     """
     block_r, block_d = _block(num_keys), _block(head_dim)
     if dtype == torch.float32:
         return OneMediumConfig(16, block_r, block_d, False, num_warps=8, num_stages=1)
     block_m = _block_m(rows_per_medium)
     wide = _has_wide_matrix_unit(target)
-    if block_d > (128 if wide else 64):
-        block_m = 16  # 32 rows spill on sm_89 and sm_120
+    if block_d > 128 or (block_r * block_d > 64 * 64 and not wide):
+        block_m = 16  # 32 rows spill
     num_warps = 4 if block_r * block_d <= 64 * 128 else 8
+    if need_dkv and block_r > 64 and not wide:
+        num_warps = 8
     # On sm_100 a second stage doubles the code and spills in the dQ-only kernel.
     num_stages = 1 if target.arch in ("sm_100", "gfx942") else 2
     # For a third block an SM ptxas would spill.

@@ -86,6 +86,8 @@ def _one_medium_fwd_kernel(
     num_valid = NUM_KEYS
     if MEDIA_SEQLENS is not None:
         num_valid = tl.minimum(tl.load(MEDIA_SEQLENS + medium), NUM_KEYS)
+    # A decoding step attends to one of many media: of the others nothing is read.
+    num_valid = tl.where(begin < end, num_valid, 0)
     k = load_keys(
         K,
         medium,

@@ -133,6 +133,7 @@ _BINARY = Binary(
     local_bytes=0,
     spills=0,
     shared_bytes=1024,
+    tensor_memory=0,
     matrix_instructions=16,
     wgmma=16,
     load_bits=128,
@@ -183,10 +184,12 @@ def test_regressions_against_a_golden(numbers: dict[str, int], failure: str | No
         ("sm_90", {"registers": 255, "num_warps": 8}, "blocks an SM: 1, required 2"),
         ("sm_80", {"shared_bytes": 90 * 1024}, "blocks an SM: 1, required 2"),
         ("sm_120", {"shared_bytes": 90 * 1024}, None),
+        ("sm_100", {"tensor_memory": 512}, None),
+        ("sm_100", {"tensor_memory": 576}, "tensor memory: 576 columns, limit 512"),
     ],
 )
 def test_rules_of_attention(target: str, numbers: dict[str, int], failure: str | None) -> None:
-    rules = Rules(tensor_cores=("_kernel",), two_blocks=("_kernel",))
+    rules = Rules(tensor_cores=("_kernel",), wgmma=("_kernel",), two_blocks=("_kernel",))
     outcome = _outcome(**numbers)
     plan = dataclasses.replace(outcome.plan, target=target, rules=rules)
     expected = [] if failure is None else [failure]
@@ -272,7 +275,7 @@ def test_reading_sass() -> None:
         /*0070*/                   NOP ;
     """
     binary = read_nvidia(usage, sass, ".visible .entry my_tf32_kernel(", 4, dynamic_shared=2048)
-    assert binary == Binary(4, 40, 8, 1, 2048, 1, 1, 64, 32, True, 7)
+    assert binary == Binary(4, 40, 8, 1, 2048, 0, 1, 1, 64, 32, True, 7)
     ptx = "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {"
     assert read_nvidia(usage, "", ptx, 4, 0).tf32
     assert not read_nvidia(usage, "", "// my_tf32_kernel", 4, 0).tf32
@@ -292,7 +295,7 @@ def test_reading_amd_assembly() -> None:
     .vgpr_count:     33
     .vgpr_spill_count: 1
 """
-    assert read_amd(assembly, 8, 512) == Binary(8, 33, 4, 1, 512, 1, 0, 96, 16, True, 6)
+    assert read_amd(assembly, 8, 512) == Binary(8, 33, 4, 1, 512, 0, 1, 0, 96, 16, True, 6)
 
 
 @pytest.mark.parametrize(

@@ -137,14 +137,15 @@ def test_frozen_keys_and_values_cost_no_gradient_bytes():
 
 
 def test_compulsory_bytes_by_hand():
-    """2 samples of 3 tokens, 5 media of 7 tokens; 4 heads of 16 bf16 elements."""
+    """2 samples of 3 tokens, 5 media of 7 tokens, of which 3 are read; 4 heads of 16 elements."""
     q, kv, lse = 2 * 3 * 4 * 16 * 2, 2 * (2 * 5 * 7 * 4 * 16 * 2), 2 * 3 * 4 * 4
+    read = kv * 3 // 5
     moved = {
-        "fwd": (q + kv, q),
-        "fwd_lse": (q + kv, q + lse),
-        "bwd": (2 * q + kv + lse, q + kv),
-        "bwd_dq": (2 * q + kv + lse, q),
-        "fwd_bwd": (3 * q + 2 * kv + lse, 2 * q + kv + lse),
+        "fwd": (q + read, q),
+        "fwd_lse": (q + read, q + lse),
+        "bwd": (2 * q + read + lse, q + kv),
+        "bwd_dq": (2 * q + read + lse, q),
+        "fwd_bwd": (3 * q + 2 * read + lse, 2 * q + kv + lse),
     }
     pairs = 2 * 3 * 4 * 7
     dots = {"fwd": 2, "fwd_lse": 2, "bwd": 5, "bwd_dq": 3, "fwd_bwd": 7}

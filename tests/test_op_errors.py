@@ -138,9 +138,12 @@ def test_errors_of_attention(call, error, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"q": torch.randn(2, 5, 4, 264), "k": torch.randn(4, 3, 2, 264)}, ["256", "264"]),
+        ({"q": torch.randn(2, 5, 4, 264), "k": torch.randn(4, 3, 2, 264)}, ["128", "264"]),
         ({"k": torch.randn(4, 129, 2, 8)}, ["128", "129"]),
-        ({"q": torch.randn(2, 5, 4, 136), "k": torch.randn(4, 64, 2, 136)}, ["fp32", "64 of 136"]),
+        (
+            {"q": torch.randn(2, 5, 4, 136), "k": torch.randn(4, 64, 2, 136)},
+            ["fp32", "64 keys of 136"],
+        ),
         ({"q": Q.double(), "k": K.double()}, ["fp32", "fp64"]),
         ({"unattended": "dense"}, ["dense", "several media"]),
         ({"layout": _layout(attend="all_previous")}, ["2 media a token", "take 1"]),

@@ -83,7 +83,8 @@ def check_attention_inputs(
     if k.dim() == 5 and layout.media_total != layout.batch_size * layout.max_media:
         raise ValueError(
             "k: expected shape (media_total, R, Hkv, D), since the samples of the layout have "
-            f"different numbers of media; got {_shape(k)}"
+            "different numbers of media, or numbers that are on a GPU; "
+            f"got {_shape(k)} (k.flatten(0, 1))"
         )
     media = (layout.batch_size, layout.max_media) if k.dim() == 5 else (layout.media_total,)
     if k.shape[: len(media)] != media:
@@ -103,7 +104,11 @@ def check_attention_inputs(
         raise ValueError(f"layout: expected q's device {q.device}, got {layout.device}")
     if softmax_scale is None:
         return q.shape[3] ** -0.5
-    if not isinstance(softmax_scale, float | int) or not math.isfinite(softmax_scale):
+    if (
+        isinstance(softmax_scale, bool)
+        or not isinstance(softmax_scale, float | int)
+        or not math.isfinite(softmax_scale)
+    ):
         raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale!r}")
     return float(softmax_scale)
 

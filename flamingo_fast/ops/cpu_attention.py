@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-# The flash kernel's temporaries are one block of out; the backward's are eight times that.
+# The flash kernel's temporaries are one block of out; the backward's are four times that, in fp32.
 _FORWARD_BLOCK, _BACKWARD_BLOCK = 512, 128
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
@@ -105,6 +105,15 @@ def one_medium_forward(
     return out
 
 
+def _backward_block(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Rows of a block whose buffers, beside dq, don't take more memory than q has."""
+    num_keys, kv_heads, head_dim = k.shape[1:]
+    itemsize = max(q.itemsize, 4)
+    row_bytes = 2 * q.shape[2] * (head_dim + num_keys) * itemsize
+    left = 3 * q.nbytes // 4 - 4 * kv_heads * num_keys * head_dim * itemsize
+    return min(max(left // max(row_bytes, 1), 16), _BACKWARD_BLOCK)
+
+
 class _Buffers:
     """fp32 (fp64) memory for the tensors of one block, reused for all."""
 
@@ -156,7 +165,7 @@ def one_medium_backward(
     dq_rows = _heads_first(dq, kv_heads) if need_dq else dq
     num_valid = _num_valid(media_seqlens, k)
     of_medium: dict[int, list[tuple[int, int]]] = {}
-    for medium, start, rows in _blocks(work_items, row_index, _BACKWARD_BLOCK):
+    for medium, start, rows in _blocks(work_items, row_index, _backward_block(q, k)):
         if medium >= 0 and num_valid[medium] > 0:
             of_medium.setdefault(medium, []).append((start, rows))
         elif need_dq:

@@ -73,7 +73,7 @@ def choose_impl(
     if impl == "auto" and _default_impl in known:
         impl = _default_impl
     if x.dtype == torch.float64:
-        not_in_triton = "the kernels take fp32, fp16 and bf16, and x is fp64"
+        not_in_triton = "the kernels take fp32, fp16 and bf16; this is fp64"
     if impl == "auto":
         on_gpu = x.device.type == "cuda" and TRITON_INSTALLED
         impl = "triton" if on_gpu and not_in_triton is None else "torch"

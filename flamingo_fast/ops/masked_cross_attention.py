@@ -23,6 +23,8 @@ from flamingo_fast.ops.dispatch import (
 UNATTENDED = ("zero", "dense", "uniform")
 PAST_LAST = ("zero", "uniform")
 
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
 
 def _input_precision() -> str:
     """Of fp32 matrix products in the kernels: what the user allows cuBLAS."""
@@ -327,12 +329,13 @@ def _not_in_triton(
     num_keys, head_dim = k.shape[1], q.shape[3]
     if num_keys > 128:
         return f"the kernels take up to 128 tokens a medium, got {num_keys}"
-    if head_dim > 256:
-        return f"the kernels take a head_dim up to 256, got {head_dim}"
-    if q.dtype == torch.float32 and _padded(num_keys) * _padded(head_dim) > 64 * 128:
+    if q.dtype not in _NAMES:
+        return None  # fp64 has a reason of its own.
+    most = (128, 64 * 128) if q.dtype == torch.float32 else (256, 64 * 256)
+    if head_dim > most[0] or _padded(num_keys) * _padded(head_dim) > most[1]:
         return (
-            "in fp32 a GPU's shared memory holds 64 keys of 128 elements or as many numbers, "
-            f"got {num_keys} of {head_dim}"
+            f"in {_NAMES[q.dtype]} the kernels take a head_dim up to {most[0]} and {most[1]} "
+            f"numbers of a medium's keys (sizes as powers of 2); got {num_keys} keys of {head_dim}"
         )
     return None
 
@@ -372,7 +375,7 @@ def masked_cross_attention(
             or "reference". "torch" is for one medium a token on a CPU, and "sdpa" elsewhere.
 
     Returns:
-        q's shape and dtype.
+        q's shape and dtype. A sample's result is the same, bit for bit, in any batch.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.

@@ -33,7 +33,8 @@ class Rules:
     allow_tf32: the case asks for TF32.
     may_spill: why registers may spill; empty: they may not.
     loads_128bit, stores_128bit: kernels whose widest global access must have 128 bits on NVIDIA.
-    tensor_cores: kernels whose products must be matrix instructions, on sm_90 wgmma.
+    tensor_cores: kernels whose products must be matrix instructions.
+    wgmma: those of them that on sm_90 must have no others than a warp group's.
     two_blocks: kernels of which an SM of sm_80 and sm_90 must hold two blocks.
     """
 
@@ -42,6 +43,7 @@ class Rules:
     loads_128bit: tuple[str, ...] = ()
     stores_128bit: tuple[str, ...] = ()
     tensor_cores: tuple[str, ...] = ()
+    wgmma: tuple[str, ...] = ()
     two_blocks: tuple[str, ...] = ()
 
 

@@ -34,6 +34,7 @@ class Binary:
     local_bytes: stack per thread, where spilled registers go.
     spills: instructions that load from or store to it; gfx942: spilled VGPRs.
     shared_bytes: static and dynamic, per block, without the driver's own.
+    tensor_memory: columns of it per block (sm_100); Triton compiles a trap where there are too few.
     matrix_instructions: HMMA, HGMMA, UTCHMMA, ... or MFMA, in the program text.
     wgmma: those of a warp group (HGMMA).
     load_bits, store_bits: widest global access of a thread, asynchronous copies included; a bulk
@@ -47,6 +48,7 @@ class Binary:
     local_bytes: int
     spills: int
     shared_bytes: int
+    tensor_memory: int
     matrix_instructions: int
     wgmma: int
     load_bits: int
@@ -78,9 +80,11 @@ def read_binary(compiled: Any) -> Binary:
     """The numbers of a triton.compiler.CompiledKernel, which need not be loaded on a device."""
     if "cubin" in compiled.asm:
         usage, sass = _disassemble(compiled.asm["cubin"])
-        return read_nvidia(
+        binary = read_nvidia(
             usage, sass, compiled.asm["ptx"], compiled.metadata.num_warps, compiled.metadata.shared
         )
+        columns = getattr(compiled.metadata, "tmem_size", None) or 0
+        return dataclasses.replace(binary, tensor_memory=columns)
     return read_amd(compiled.asm["amdgcn"], compiled.metadata.num_warps, compiled.metadata.shared)
 
 
@@ -111,6 +115,7 @@ def read_nvidia(usage: str, sass: str, ptx: str, num_warps: int, dynamic_shared:
         local_bytes=stack + local,
         spills=sum(base in ("LDL", "STL") for base in bases),
         shared_bytes=dynamic_shared + max(static_shared - _RESERVED_SHARED_BYTES, 0),
+        tensor_memory=0,
         # Not the whole opcode: HFMA2.MMA moves a constant.
         matrix_instructions=sum(base.endswith("MMA") for base in bases),
         wgmma=bases.count("HGMMA"),
@@ -149,6 +154,7 @@ def read_amd(assembly: str, num_warps: int, dynamic_shared: int) -> Binary:
         local_bytes=_amd_metadata(assembly, "private_segment_fixed_size"),
         spills=_amd_metadata(assembly, "vgpr_spill_count"),
         shared_bytes=dynamic_shared,
+        tensor_memory=0,
         matrix_instructions=len(matrix),
         wgmma=0,
         load_bits=accesses["load"],

@@ -23,6 +23,8 @@ FOLDER = Path(flamingo_fast.__file__).parent / "kernels" / "goldens"
 
 # Register allocation moves by a few from one change to the next; more than this means something.
 REGISTER_SLACK = 8
+# Columns of an SM of sm_100.
+TENSOR_MEMORY = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,8 @@ def failures(outcome: Compiled, goldens: Goldens | None) -> list[str]:
     limit = ARCHITECTURES[outcome.plan.target].shared_per_block
     if binary.shared_bytes > limit:
         found.append(f"shared memory: {binary.shared_bytes} B, limit {limit} B")
+    if binary.tensor_memory > TENSOR_MEMORY:
+        found.append(f"tensor memory: {binary.tensor_memory} columns, limit {TENSOR_MEMORY}")
     if binary.tf32 and not rules.allow_tf32:
         found.append("TF32 in a kernel that did not ask for it")
     found += _narrow_accesses(outcome.plan, binary)
@@ -125,12 +129,11 @@ def _narrow_accesses(plan: PlannedCompile, binary: Binary) -> list[str]:
 
 def _idle_hardware(plan: PlannedCompile, binary: Binary) -> list[str]:
     kernel, found = plan.kernel.partition("#")[0], []
-    if kernel in plan.rules.tensor_cores:
-        if plan.target == "sm_90" and binary.wgmma < binary.matrix_instructions:
-            others = binary.matrix_instructions - binary.wgmma
-            found.append(f"{others} matrix instructions other than wgmma")
-        if binary.matrix_instructions == 0:
-            found.append("no matrix instructions")
+    others = binary.matrix_instructions - binary.wgmma
+    if kernel in plan.rules.wgmma and plan.target == "sm_90" and others:
+        found.append(f"{others} matrix instructions other than wgmma")
+    if kernel in plan.rules.tensor_cores and binary.matrix_instructions == 0:
+        found.append("no matrix instructions")
     if kernel in plan.rules.two_blocks and plan.target in ("sm_80", "sm_90"):
         resident = occupancy(plan.target, binary.registers, binary.num_warps, binary.shared_bytes)
         if resident.blocks < 2:

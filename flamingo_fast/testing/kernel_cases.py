@@ -198,10 +198,15 @@ def _attention_cases() -> Iterator[KernelCase]:
         yield from variant(f"bf16/64x{head_dim}_sorted", sorted_rows=True)
         yield from variant(f"bf16/64x{head_dim}_gqa", group=4)
         yield from variant(f"bf16/128x{head_dim}", num_keys=128)
+        yield from variant(
+            f"bf16/128x{head_dim}_sorted_gqa", num_keys=128, sorted_rows=True, group=4
+        )
     yield from _attention("bf16/100x64", torch.bfloat16, num_keys=100)
     yield from _attention("bf16/5x16", torch.bfloat16, num_keys=5, head_dim=16)
     yield from _attention("bf16/64x40_gqa", torch.bfloat16, head_dim=40, group=6)
     yield from _attention("bf16/64x256", torch.bfloat16, head_dim=256)
+    yield from _attention("bf16/16x256", torch.bfloat16, num_keys=16, head_dim=256)
+    yield from _attention("fp32/128x64", torch.float32, num_keys=128)
     for head_dim in (64, 128):
         yield from _attention(f"fp32/64x{head_dim}", torch.float32, head_dim=head_dim)
     yield from _attention("fp32_tf32/64x64", torch.float32, input_precision="tf32")
@@ -286,15 +291,16 @@ def _attention_rules(
             stores_128bit=wide,
         )
     may_spill = "head dims above 128 are right, not tuned" if head_dim > 128 else ""
-    # Of smaller ones wgmma has no form.
-    fills_warp_group = num_keys >= 64 and head_dim >= 64
+    # Tiles are powers of two; of fewer than 64 wgmma has no form.
+    fills_warp_group = num_keys > 32 and head_dim > 32
     # Sums of dK and dV over 128 keys take the registers of a whole SM.
     two_blocks = kernels if num_keys <= 64 else kernels[:1]
     return Rules(
         may_spill=may_spill,
         loads_128bit=wide,
         stores_128bit=wide,
-        tensor_cores=kernels if fills_warp_group else (),
+        tensor_cores=kernels,
+        wgmma=kernels if fills_warp_group else (),
         two_blocks=two_blocks if head_dim <= 128 else (),
     )
 

@@ -47,7 +47,7 @@ def _load(name: str, requirement: str) -> ModuleType:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(_how_to_install(str(error.name), requirement)) from error
-    # torch.compile and pickle look classes up by their module's name.
+    # torch.compile looks classes up by their module's name.
     sys.modules[name] = module
     return module
 
