@@ -287,7 +287,7 @@ BENCHMARKS = {
         _masked_cross_attention(
             name=f"{NAME}_even",
             make_inputs=functools.partial(_inputs, even=True),
-            shapes=((1, 2048, 32, 8, 64, 64),),
+            shapes=((8, 256, 5, 16, 128, 64), (4, 256, 5, 8, 64, 64), (1, 2048, 32, 8, 64, 64)),
             others=(_SDPA,),
         ),
     )
