@@ -12,35 +12,22 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from flamingo_fast.schedule import one_medium_schedule, several_media_rows
+
 ATTEND = ("previous", "next", "all_previous")
 
-# The most rows of a tile of any kernel; pieces of split media are multiples of it.
-_TILE_ROWS = 32
-
-
-def chunk_rows(seqlen: int) -> int:
-    """Rows of a piece of a split medium at most, in rows of `seqlen` text tokens.
-
-    A medium is split from five quarters of this on. Of the media of random image positions the
-    longest has several times the mean, and a GPU waits for it; but each piece of a split medium
-    reads K and V again, and its fp32 sums of dK and dV are written and read. A sixteenth of a row
-    keeps both, and the memory for those sums, small.
-    """
-    # Not by bit_length: torch.compile would make a graph for every sixteen tokens.
-    rows = 128
-    while 16 * rows < seqlen:
-        rows *= 2
-    return rows
+# Media in a word of media_bits.
+_WORD = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MediaLayout:
-    """Which media each text token attends to: an interval of its sample's media.
+    """Which media each text token attends to: an interval of its sample's media, or some in it.
 
-    Make one with `from_media_locations` or `from_intervals`, once for each forward pass and outside
-    checkpointed regions: it holds the schedule of the kernels too. It is a pytree of its tensors,
-    so it passes through torch.compile, FSDP, DDP and activation checkpointing. Nothing here waits
-    for a GPU but `validate`, `==`, `plot` and `to` a CPU.
+    Make one with a `from_` method or `packed`, once for each forward pass and outside checkpointed
+    regions: it holds the schedule of the kernels too. It is a pytree of its tensors, so it passes
+    through torch.compile, FSDP, DDP and activation checkpointing. Nothing here waits for a GPU but
+    `validate`, `==`, `plot` and `to` a CPU.
 
     Attributes:
         media_start, media_end: (B, L) int32; the token attends to media [start, end) of its
@@ -49,29 +36,39 @@ class MediaLayout:
         cu_media: (B + 1,) int32; the media of sample b are cu_media[b]..cu_media[b + 1] of k and v.
         media_seqlens: (media_total,) int32 or None; the valid tokens of each medium, its first
             ones. A medium without any counts as nothing.
-        work_items: (items, 4) int32; medium, first row, end row, slot. Rows count through the
-            batch. A row is in exactly one item; medium -1 is for rows that attend to none. Longest
-            first. A medium with many more rows than `chunk_rows(L)` has several items, each with a
-            slot for its sums; otherwise the slot is -1.
-        split_media: (entries, 3) int32; medium, first slot, end slot of the media with several
-            items; medium -1 in unused entries.
+        media_bits: (B, L, words) int64 or None; where it is there, the token attends to those media
+            m of the interval whose bit m % 64 of word m // 64 is set, its first and last among
+            them. They have valid tokens.
+        media_rows: (media_total, 2) int32; first and end row of those that attend to the medium.
+            Rows count through the batch. Where the media of later tokens go back, rows between
+            those may not attend to it.
+        work_items: (items, 4) int32, or None if a token attends to several media; medium, first
+            row, end row, slot. A row is in exactly one item; medium -1 is for rows that attend to
+            none. Longest first. A medium with many more rows than `schedule.chunk_rows(L)` has
+            several items, each with a slot for its sums; otherwise the slot is -1.
+        split_media: (entries, 3) int32, or None as before; medium, first slot, end slot of the
+            media with several items; medium -1 in unused entries.
         row_index: (B * L,) int32 or None; the rows sorted by medium, those without one last, where
             work items count through them in this order.
         media_total: media of all samples.
         max_media: media of a sample at most.
         max_media_per_token: media a token attends to at most; it alone chooses the kernels.
+        is_packed: samples hold several documents, as `packed` makes them.
     """
 
     media_start: torch.Tensor
     media_end: torch.Tensor
     cu_media: torch.Tensor
     media_seqlens: torch.Tensor | None
-    work_items: torch.Tensor
-    split_media: torch.Tensor
+    media_bits: torch.Tensor | None
+    media_rows: torch.Tensor
+    work_items: torch.Tensor | None
+    split_media: torch.Tensor | None
     row_index: torch.Tensor | None
     media_total: int
     max_media: int
     max_media_per_token: int
+    is_packed: bool
 
     @classmethod
     def from_media_locations(
@@ -101,21 +98,15 @@ class MediaLayout:
             TypeError, ValueError: a wrong argument, by name.
         """
         _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
-        if attend not in ATTEND:
-            raise ValueError(f"attend: expected one of {', '.join(ATTEND)}; got {attend!r}")
+        _check_attend(attend)
         batch = media_locations.shape[0]
         device = media_locations.device
         with _no_inference_tensors():
             cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
             text_time = media_locations.cumsum(1, dtype=torch.int32)
-            if attend == "next":
-                text_time += ~media_locations
-            limit = (cu_media[1:] - cu_media[:-1])[:, None]
-            media_end = torch.minimum(text_time, limit)
-            if attend == "all_previous":
-                media_start = torch.zeros_like(media_end)
-            else:
-                media_start = torch.minimum((text_time - 1).clamp_(min=0), limit)
+            media_start, media_end = _intervals(
+                text_time, media_locations, cu_media.diff()[:, None], attend
+            )
             layout = cls._with_schedule(
                 media_start,
                 media_end,
@@ -175,6 +166,177 @@ class MediaLayout:
         return layout
 
     @classmethod
+    def from_media_mask(
+        cls,
+        mask: torch.Tensor,
+        max_media_per_token: int | None = None,
+        *,
+        num_media: int | Sequence[int] | torch.Tensor | None = None,
+        media_total: int | None = None,
+        media_seqlens: torch.Tensor | None = None,
+    ) -> "MediaLayout":
+        """Any pattern, from a mask of media as transformers' IDEFICS has (image_attention_mask).
+
+        A CPU mask is validated, others are not.
+
+        Arguments:
+            mask: (B, L, N), bool or integers (0: does not attend).
+            max_media_per_token: N by default. With 1, for one-hot masks, the layout takes the
+                kernels of one medium a token.
+            num_media: N by default; of samples with fewer media the mask's last columns are unused.
+            media_total, media_seqlens: as for `from_media_locations`.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name; a wrong value, by its token.
+        """
+        mask = _as_bool_mask(mask, ("B", "L", "N"))
+        batch, _, columns = mask.shape
+        if max_media_per_token is None:
+            max_media_per_token = columns
+        elif not _is_count(max_media_per_token):
+            raise ValueError(
+                f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
+            )
+        device = mask.device
+        with _no_inference_tensors():
+            cu_media, media_total, max_media = _count_media(
+                columns if num_media is None else num_media, batch, media_total, device
+            )
+            media = torch.arange(columns, dtype=torch.int32, device=device)
+            exists = media < cu_media.diff()[:, None]
+            if _can_validate(device):
+                _refuse_mask(mask, exists, max_media_per_token)
+            media_seqlens = _seqlens(media_seqlens, media_total, device)
+            if media_seqlens is not None and media_total > 0:
+                flat = (cu_media[:-1, None] + media).clamp_(0, media_total - 1)
+                exists = exists & (media_seqlens[flat] > 0)
+            mask = mask & exists[:, None]
+            attends = mask.any(2)
+            media_start = torch.where(mask, media, columns).amin(2) if columns else attends.int()
+            media_end = torch.where(mask, media, -1).amax(2) + 1 if columns else attends.int()
+            media_start = torch.where(attends, media_start, 0)
+            if max_media_per_token <= 1:
+                media_end = media_start + attends
+            layout = cls._with_schedule(
+                media_start,
+                torch.where(attends, media_end, 0),
+                cu_media,
+                media_seqlens,
+                media_total,
+                min(max_media, columns),
+                max_media_per_token,
+                in_order=False,
+                media_bits=_to_bits(mask) if max_media_per_token > 1 else None,
+            )
+        layout._validate_on_cpu()
+        return layout
+
+    @classmethod
+    def from_tile_mask(
+        cls, mask: torch.Tensor, tokens_per_tile: int, max_media_per_token: int | None = None
+    ) -> "MediaLayout":
+        """Images of several tiles, from transformers' mask for Mllama (cross_attention_mask).
+
+        An image is a medium of tiles * tokens_per_tile tokens, and the tiles that nothing attends
+        to, its last ones, are not valid tokens of it. Masks that give tokens some tiles of an image
+        and not others are `from_media_mask(mask.flatten(2))`, where each tile is a medium. A CPU
+        mask is validated, others are not.
+
+        Arguments:
+            mask: (B, L, N, tiles), bool or integers (0: does not attend).
+            tokens_per_tile: of k and v: 1601 for Mllama at 560 pixels.
+            max_media_per_token: N by default.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name; a wrong value, by its token.
+        """
+        mask = _as_bool_mask(mask, ("B", "L", "N", "tiles"))
+        if not _is_count(tokens_per_tile) or tokens_per_tile == 0:
+            raise ValueError(f"tokens_per_tile: expected an integer > 0, got {tokens_per_tile!r}")
+        attended = mask.any(3)
+        tiles = mask.any(1).sum(2)
+        if _can_validate(mask.device):
+            valid = torch.arange(mask.shape[3], device=mask.device) < tiles[..., None]
+            wrong = (mask != (attended[..., None] & valid[:, None])).any(3)
+            if wrong.any():
+                sample, token, image = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"mask: token {token} of sample {sample} attends to tiles "
+                    f"{mask[sample, token, image].int().tolist()} of image {image}; expected all "
+                    f"of its first {int(tiles[sample, image])} or none "
+                    "(from_media_mask(mask.flatten(2)) takes tiles as media)"
+                )
+        media_seqlens = tiles.flatten() * tokens_per_tile
+        return cls.from_media_mask(attended, max_media_per_token, media_seqlens=media_seqlens)
+
+    @classmethod
+    def packed(
+        cls,
+        media_locations: torch.Tensor,
+        cu_seqlens: torch.Tensor | Sequence[int],
+        num_media: int | Sequence[int] | torch.Tensor,
+        attend: str = "previous",
+        *,
+        media_total: int | None = None,
+        media_seqlens: torch.Tensor | None = None,
+    ) -> "MediaLayout":
+        """Several documents in each row of the batch; each attends to its own media only.
+
+        Arguments:
+            media_locations: (B, L) bool, True at image tokens.
+            cu_seqlens: (documents + 1,) integers: document d has tokens cu_seqlens[d] to
+                cu_seqlens[d + 1] of the batch's B * L tokens, all in one row. The first is 0;
+                tokens from the last on attend to nothing. Padding between documents is a document
+                without media.
+            num_media: media of every document, or of each: numbers or a (documents,) tensor. k and
+                v have them in the order of the documents.
+            attend, media_total, media_seqlens: as for `from_media_locations`.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name.
+        """
+        _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
+        _check_attend(attend)
+        batch, seqlen = media_locations.shape
+        device = media_locations.device
+        with _no_inference_tensors():
+            cu_seqlens = _boundaries(cu_seqlens, batch, seqlen, device)
+            documents = len(cu_seqlens) - 1
+            cu_documents, media_total, most = _count_media(
+                num_media, documents, media_total, device
+            )
+            # The tokens after the last document are one more, without media.
+            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), batch * seqlen)])
+            cu_documents = torch.cat([cu_documents, cu_documents[-1:]])
+            row = torch.arange(batch * seqlen, dtype=torch.int32, device=device)
+            document = torch.searchsorted(cu_seqlens[1:], row, right=True, out_int32=True)
+            document.clamp_(max=documents)
+            images = torch.zeros(batch * seqlen + 1, dtype=torch.int32, device=device)
+            torch.cumsum(media_locations.flatten(), 0, out=images[1:])
+            text_time = images[1:] - images[cu_seqlens[document]]
+            media_start, media_end = _intervals(
+                text_time, media_locations.flatten(), cu_documents.diff()[document], attend
+            )
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+            first = torch.searchsorted(cu_seqlens[:-1].contiguous(), starts, out_int32=True)
+            cu_media = cu_documents[first.clamp_(max=documents)]
+            cu_media[-1] = media_total
+            offset = cu_documents[document].view(batch, seqlen) - cu_media[:-1, None]
+            layout = cls._with_schedule(
+                media_start.view(batch, seqlen) + offset,
+                media_end.view(batch, seqlen) + offset,
+                cu_media,
+                _seqlens(media_seqlens, media_total, device),
+                media_total,
+                int(cu_media.diff().max()) if _can_validate(device) and batch else media_total,
+                most if attend == "all_previous" else 1,
+                in_order=True,
+                is_packed=True,
+            )
+        layout._validate_on_cpu()
+        return layout
+
+    @classmethod
     def _with_schedule(
         cls,
         media_start: torch.Tensor,
@@ -185,22 +347,33 @@ class MediaLayout:
         max_media: int,
         max_media_per_token: int,
         in_order: bool,
+        media_bits: torch.Tensor | None = None,
+        is_packed: bool = False,
     ) -> "MediaLayout":
         """`in_order`: the media of a sample's tokens never go back, rows without one included."""
-        work_items, split_media, row_index = _schedule(
-            media_start, media_end, cu_media, media_total, in_order
-        )
+        work_items = split_media = row_index = None
+        if max_media_per_token > 1:
+            media_rows = several_media_rows(
+                media_start, media_end, cu_media, media_total, max_media
+            )
+        else:
+            work_items, split_media, row_index, media_rows = one_medium_schedule(
+                media_start, media_end, cu_media, media_total, in_order
+            )
         return cls(
             media_start,
             media_end,
             cu_media,
             media_seqlens,
+            media_bits,
+            media_rows,
             work_items,
             split_media,
             row_index,
             media_total,
             max_media,
             max_media_per_token,
+            is_packed,
         )
 
     @property
@@ -217,7 +390,7 @@ class MediaLayout:
 
     def attends(self) -> torch.Tensor:
         """(B, L) bool: whether the token attends to anything."""
-        if self.media_seqlens is None:
+        if self.media_seqlens is None or self.media_bits is not None:
             return self.media_end > self.media_start
         # Media with tokens among the first i of the flat axis.
         counts = torch.zeros(self.media_total + 1, dtype=torch.int32, device=self.device)
@@ -230,17 +403,23 @@ class MediaLayout:
         return end > start
 
     def past_last(self) -> torch.Tensor:
-        """(B, L) bool: whether more image tokens came before the token than there are media."""
-        num_media = (self.cu_media[1:] - self.cu_media[:-1])[:, None]
+        """(B, L) bool: whether more image tokens came before the token than there are media.
+
+        Not told for packed documents: False.
+        """
+        if self.is_packed:
+            return torch.zeros_like(self.media_start, dtype=torch.bool)
+        num_media = self.cu_media.diff()[:, None]
         return (self.media_start == num_media) & (self.media_end == num_media) & (num_media > 0)
 
     def to_mask(self) -> torch.Tensor:
         """(B, L, max_media) bool: which media of its sample each token attends to."""
         media = torch.arange(self.max_media, dtype=torch.int32, device=self.device)
         inside = (media >= self.media_start[..., None]) & (media < self.media_end[..., None])
-        if self.media_seqlens is None:
-            return inside
-        if self.media_total == 0:
+        if self.media_bits is not None:
+            words = self.media_bits[..., media // _WORD]
+            inside = inside & (words >> media % _WORD & 1).bool()
+        if self.media_seqlens is None or self.media_total == 0:
             return inside
         flat = (self.cu_media[:-1, None] + media).clamp_(0, self.media_total - 1)
         return inside & (self.media_seqlens[flat] > 0)[:, None]
@@ -253,11 +432,18 @@ class MediaLayout:
             )
         first = self.seqlen - num_tokens
         return self._with_tokens(
-            self.media_start[:, first:], self.media_end[:, first:], self.row_index is None
+            self.media_start[:, first:],
+            self.media_end[:, first:],
+            None if self.media_bits is None else self.media_bits[:, first:],
+            self.row_index is None,
         )
 
     def _with_tokens(
-        self, media_start: torch.Tensor, media_end: torch.Tensor, in_order: bool
+        self,
+        media_start: torch.Tensor,
+        media_end: torch.Tensor,
+        media_bits: torch.Tensor | None,
+        in_order: bool,
     ) -> "MediaLayout":
         with _no_inference_tensors():
             return self._with_schedule(
@@ -269,6 +455,8 @@ class MediaLayout:
                 self.max_media,
                 self.max_media_per_token,
                 in_order,
+                media_bits,
+                self.is_packed,
             )
 
     @staticmethod
@@ -296,6 +484,7 @@ class MediaLayout:
                 else (layout.batch_size, layout.media_total)
                 == (first.batch_size, first.media_total)
             )
+            same = same and layout.is_packed == first.is_packed
             if not same or layout.device != first.device:
                 raise ValueError(
                     f"layouts[{index}]: {layout._sizes()} does not fit layouts[0]: "
@@ -308,11 +497,14 @@ class MediaLayout:
                 torch.cat([getattr(layout, name) for layout in layouts], dim)
                 for name in ("media_start", "media_end")
             )
+            per_token = max(layout.max_media_per_token for layout in layouts)
+            max_media = max(layout.max_media for layout in layouts)
+            bits = None
+            if per_token > 1 and any(layout.media_bits is not None for layout in layouts):
+                bits = torch.cat([layout._bits(max_media) for layout in layouts], dim)
             if dim == 1:
-                combined = dataclasses.replace(
-                    first, max_media_per_token=max(layout.max_media_per_token for layout in layouts)
-                )
-                return combined._with_tokens(start, end, in_order=False)
+                combined = dataclasses.replace(first, max_media_per_token=per_token)
+                return combined._with_tokens(start, end, bits, in_order=False)
             offsets = itertools.accumulate((layout.media_total for layout in layouts), initial=0)
             cu_media = torch.cat(
                 [first.cu_media[:1]]
@@ -327,10 +519,16 @@ class MediaLayout:
                 cu_media,
                 MediaLayout._cat_seqlens(layouts),
                 sum(layout.media_total for layout in layouts),
-                max(layout.max_media for layout in layouts),
-                max(layout.max_media_per_token for layout in layouts),
+                max_media,
+                per_token,
                 in_order=all(layout.row_index is None for layout in layouts),
+                media_bits=bits,
+                is_packed=first.is_packed,
             )
+
+    def _bits(self, max_media: int) -> torch.Tensor:
+        mask = self.to_mask()
+        return _to_bits(torch.nn.functional.pad(mask, (0, max_media - mask.shape[2])))
 
     def _has_media_of(self, other: "MediaLayout") -> bool:
         seqlens, others = self.media_seqlens, other.media_seqlens
@@ -380,8 +578,10 @@ class MediaLayout:
             raise ValueError(f"num_media: at most {self.max_media} expected, got {num_media.max()}")
         wrong = (start < 0) | (start > end) | (end > num_media[:, None])
         self._refuse(wrong, start, end, "expected 0 <= start <= end <= {n} media of the sample")
-        wrong = end - start > self.max_media_per_token
         limit = self.max_media_per_token
+        wrong = end - start > limit
+        if self.media_bits is not None:
+            wrong = self.to_mask().cpu().sum(2) > limit
         self._refuse(wrong, start, end, f"more than max_media_per_token {limit} media")
         if self.media_seqlens is not None and (self.media_seqlens.cpu() < 0).any():
             medium = int((self.media_seqlens.cpu() < 0).nonzero()[0])
@@ -390,7 +590,7 @@ class MediaLayout:
             )
 
     def _validate_on_cpu(self) -> None:
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _can_validate(self.device):
             self.validate()
 
     def _refuse(
@@ -409,15 +609,17 @@ class MediaLayout:
         """Whether the same tokens attend to the same media, whatever the schedules are."""
         if not isinstance(other, MediaLayout):
             return NotImplemented
-        same_sizes = (self._sizes(), self.max_media_per_token) == (
+        same_sizes = (self._sizes(), self.max_media_per_token, self.is_packed) == (
             other._sizes(),
             other.max_media_per_token,
+            other.is_packed,
         )
-        return (
-            same_sizes
-            and self._has_media_of(other)
-            and torch.equal(self.media_start, other.media_start)
-            and torch.equal(self.media_end, other.media_end)
+        if not same_sizes or not self._has_media_of(other):
+            return False
+        if (self.media_bits is None) != (other.media_bits is None) or self.media_bits is not None:
+            return torch.equal(self.to_mask(), other.to_mask())
+        return torch.equal(self.media_start, other.media_start) and torch.equal(
+            self.media_end, other.media_end
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -431,7 +633,9 @@ class MediaLayout:
         per_token = self.max_media_per_token
         attended = "one medium" if per_token == 1 else f"up to {per_token} media"
         seqlens = "" if self.media_seqlens is None else ", media_seqlens"
-        return f"MediaLayout({self._sizes()}, {attended} a token{seqlens})"
+        bits = "" if self.media_bits is None else ", media_bits"
+        packed = ", packed" if self.is_packed else ""
+        return f"MediaLayout({self._sizes()}, {attended} a token{seqlens}{bits}{packed})"
 
     def plot(self, sample: int = 0, ax: Any = None) -> Any:
         """Draws what each token of one sample attends to; returns the matplotlib axes.
@@ -465,8 +669,8 @@ class MediaLayout:
         return ax
 
 
-_TENSORS = [field.name for field in dataclasses.fields(MediaLayout)][:-3]
-_SIZES = [field.name for field in dataclasses.fields(MediaLayout)][-3:]
+_TENSORS = [field.name for field in dataclasses.fields(MediaLayout)][:-4]
+_SIZES = [field.name for field in dataclasses.fields(MediaLayout)][-4:]
 
 
 def _flatten(layout: MediaLayout) -> tuple[list[torch.Tensor], list[Any]]:
@@ -501,10 +705,93 @@ def _no_inference_tensors() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def num_slots(batch: int, seqlen: int) -> int:
-    """Work items of split media at most: two for each whole chunk of a medium."""
-    chunk = chunk_rows(seqlen)
-    return 2 * batch * (seqlen // chunk) if seqlen > chunk + chunk // 4 else 0
+def _can_validate(device: torch.device) -> bool:
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_attend(attend: str) -> None:
+    if attend not in ATTEND:
+        raise ValueError(f"attend: expected one of {', '.join(ATTEND)}; got {attend!r}")
+
+
+def _intervals(
+    text_time: torch.Tensor, media_locations: torch.Tensor, num_media: torch.Tensor, attend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(media_start, media_end); text_time: image tokens so far, num_media: there are."""
+    if attend == "next":
+        text_time = text_time + ~media_locations
+    media_end = torch.minimum(text_time, num_media)
+    if attend == "all_previous":
+        return torch.zeros_like(media_end), media_end
+    return torch.minimum((text_time - 1).clamp_(min=0), num_media), media_end
+
+
+def _as_bool_mask(mask: torch.Tensor, shape: tuple[str, ...]) -> torch.Tensor:
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not _holds_integers(mask):
+        raise TypeError(f"mask: expected bool or integers, got {mask.dtype}")
+    if mask.dim() != len(shape):
+        raise ValueError(f"mask: expected shape ({', '.join(shape)}), got {tuple(mask.shape)}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _refuse_mask(mask: torch.Tensor, exists: torch.Tensor, max_media_per_token: int) -> None:
+    missing = (mask & ~exists[:, None]).nonzero()
+    if len(missing):
+        sample, token, medium = missing[0].tolist()
+        raise ValueError(
+            f"mask: token {token} of sample {sample} attends to medium {medium} of "
+            f"{int(exists[sample].sum())}"
+        )
+    count = mask.sum(2)
+    over = (count > max_media_per_token).nonzero()
+    if len(over):
+        sample, token = over[0].tolist()
+        raise ValueError(
+            f"mask: token {token} of sample {sample} attends to {int(count[sample, token])} media, "
+            f"more than max_media_per_token {max_media_per_token}"
+        )
+
+
+def _to_bits(mask: torch.Tensor) -> torch.Tensor:
+    """media_bits of a (B, L, N) mask."""
+    words = -(-mask.shape[2] // _WORD)
+    padded = torch.nn.functional.pad(mask, (0, words * _WORD - mask.shape[2]))
+    bits = torch.arange(_WORD, device=mask.device)
+    return (padded.unflatten(2, (words, _WORD)).long() << bits).sum(3)
+
+
+def _boundaries(
+    cu_seqlens: torch.Tensor | Sequence[int], batch: int, seqlen: int, device: torch.device
+) -> torch.Tensor:
+    """cu_seqlens of documents as int32 on `device`, validated where it is on a CPU."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        if not isinstance(cu_seqlens, Sequence) or not all(map(_is_count, cu_seqlens)):
+            raise TypeError(f"cu_seqlens: expected a tensor or integers >= 0, got {cu_seqlens!r}")
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
+    if not _holds_integers(cu_seqlens):
+        raise TypeError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens: expected shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
+        )
+    if _can_validate(cu_seqlens.device):
+        if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > batch * seqlen:
+            raise ValueError(
+                f"cu_seqlens: expected 0 to at most {batch * seqlen} tokens, never falling; "
+                f"got {cu_seqlens.tolist()}"
+            )
+        first, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
+        split = (last >= first) & (first // max(seqlen, 1) != last // max(seqlen, 1))
+        if split.any():
+            document = int(split.nonzero()[0])
+            raise ValueError(
+                f"cu_seqlens: document {document}, tokens {int(first[document])} to "
+                f"{int(last[document])}, is in two rows of {seqlen} tokens"
+            )
+    cu_seqlens = _to_int32(cu_seqlens).to(device, non_blocking=True)
+    return cu_seqlens.clamp_(0, batch * seqlen)
 
 
 def _check_integers(
@@ -612,85 +899,3 @@ def _to_int32(values: torch.Tensor) -> torch.Tensor:
     """A copy; what does not fit stays wrong, or long, instead of wrapping."""
     limits = torch.iinfo(torch.int32)
     return values.clamp(limits.min, limits.max).to(torch.int32, copy=True)
-
-
-def _schedule(
-    media_start: torch.Tensor,
-    media_end: torch.Tensor,
-    cu_media: torch.Tensor,
-    media_total: int,
-    in_order: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(work_items, split_media, row_index), by sorted searches: nothing is read back.
-
-    Segments are the rows of each medium, then runs of rows without one. Their number and that of
-    their pieces are bounds from shapes.
-    """
-    batch, seqlen = media_start.shape
-    rows, chunk, device = batch * seqlen, chunk_rows(seqlen), media_start.device
-    media = torch.arange(media_total, dtype=torch.int32, device=device)
-    first, attends = cu_media[:-1, None], media_end > media_start
-    row_index = None
-    if in_order:
-        # Sorted as they are: 2 * g + 1 for rows of medium g, 2 * g for rows just before those.
-        keys = (2 * (first + media_start) + attends).flatten()
-        wanted = torch.cat([2 * media + 1, 2 * cu_media])
-    else:
-        flat = first + media_start
-        # Values that nobody validated: a row that attends to what there is not attends to nothing.
-        exists = attends & (flat >= 0) & (flat < media_total)
-        keys, order = torch.sort(torch.where(exists, flat, media_total).flatten(), stable=True)
-        row_index = order.int()
-        wanted = torch.arange(media_total + 1, dtype=torch.int32, device=device)
-    begin = torch.searchsorted(keys, wanted, out_int32=True)
-    end = torch.searchsorted(keys, wanted, right=True, out_int32=True)
-    if in_order:
-        # The rows between two samples once, even if the samples between them have no media.
-        end[media_total:-1] = torch.where(
-            cu_media[1:] == cu_media[:-1], begin[media_total:-1], end[media_total:-1]
-        )
-    num_segments = len(wanted)
-    medium = torch.full_like(begin, -1)
-    medium[:media_total] = media
-    pieces = torch.where(
-        end - begin > chunk + chunk // 4,
-        (end - begin + (chunk - 1)) // chunk,
-        (end > begin).int(),
-    )
-    # Media without rows have an item too, which writes their gradients: zeros.
-    pieces[:media_total].clamp_(min=1)
-    cu_items = pieces.cumsum(0, dtype=torch.int32)
-    item = torch.arange(num_segments + rows // chunk, dtype=torch.int32, device=device)
-    segment = torch.searchsorted(cu_items, item, right=True, out_int32=True)
-    used = segment < num_segments
-    segment = torch.where(used, segment, 0)
-    piece = item - (cu_items - pieces)[segment]
-    # Of equal size, but for whole tiles of the kernels.
-    piece_rows = (end - begin + (pieces - 1)) // pieces.clamp(min=1)
-    piece_rows = (piece_rows + (_TILE_ROWS - 1)) // _TILE_ROWS * _TILE_ROWS
-    item_begin = begin[segment] + piece * piece_rows[segment]
-    item_end = torch.minimum(item_begin + piece_rows[segment], end[segment])
-    is_split = pieces[:media_total] > 1
-    cu_slots = torch.where(is_split, pieces[:media_total], 0).cumsum(0, dtype=torch.int32)
-    first_slot = torch.full_like(pieces, -1)
-    first_slot[:media_total] = torch.where(is_split, cu_slots - pieces[:media_total], -1)
-    slot = torch.where(first_slot[segment] >= 0, first_slot[segment] + piece, -1)
-    items = torch.stack(
-        [
-            torch.where(used, medium[segment], -1),
-            torch.where(used, item_begin, 0),
-            torch.where(used, item_end, 0),
-            torch.where(used, slot, -1),
-        ],
-        1,
-    )
-    longest_first = torch.sort(items[:, 2] - items[:, 1], descending=True, stable=True).indices
-    entries = batch * (seqlen // chunk) if num_slots(batch, seqlen) else 0
-    entry = torch.arange(1, min(entries, media_total) + 1, dtype=torch.int32, device=device)
-    index = torch.searchsorted(is_split.cumsum(0, dtype=torch.int32), entry, out_int32=True)
-    found = index < media_total
-    index = torch.where(found, index, 0)
-    split_media = torch.stack(
-        [torch.where(found, index, -1), first_slot[index], cu_slots[index]], 1
-    )
-    return items[longest_first], split_media, row_index

@@ -89,16 +89,17 @@ def masked_cross_attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v over the tokens of the media that `layout` gives each row.
 
-    Rows that attend to nothing: "zero"; "dense": over all valid tokens of the sample's media;
-    "uniform": their mean. k and v are (media_total, R, Hkv, D); out has q's shape and dtype.
+    Rows that attend to nothing: "zero"; "dense": over all tokens of the sample's media, valid or
+    not; "uniform": the mean over the valid ones. k and v are (media_total, R, Hkv, D); out has q's
+    shape and dtype.
     """
-    keys, values, valid = _by_sample(k, v, layout)
+    keys, values, exists, valid = _by_sample(k, v, layout, keep_invalid=unattended == "dense")
     attends = layout.attends()
     rows_past_last = layout.past_last() & ~attends
     before = ~attends & ~rows_past_last
     mask = layout.to_mask()[..., None] & valid[:, None]
     if unattended == "dense":
-        mask = mask | (before[..., None, None] & valid[:, None])
+        mask = mask | (before[..., None, None] & exists[:, None])
     mask, valid = mask.flatten(2)[:, None, None], valid.flatten(1)
     wide_q = _upcast(q).unflatten(2, (k.shape[2], q.shape[2] // k.shape[2]))
     scores = torch.einsum("blhgd,bshd->bhgls", wide_q, keys) * softmax_scale
@@ -113,19 +114,20 @@ def masked_cross_attention(
 
 
 def _by_sample(
-    k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values as (B, max_media * R, Hkv, D), 0 where invalid; valid, (B, max_media, R)."""
+    k: torch.Tensor, v: torch.Tensor, layout: MediaLayout, keep_invalid: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values (B, max_media * R, Hkv, D); exists, valid (B, max_media, R).
+
+    Keys and values are 0 where there is no medium and, but for `keep_invalid`, no valid token.
+    """
     num_keys = k.shape[1]
     media = torch.arange(layout.max_media, device=k.device)
     first, end = layout.cu_media[:-1, None], layout.cu_media[1:, None]
-    valid = (first + media < end)[..., None].expand(-1, -1, num_keys)
+    exists = valid = (first + media < end)[..., None].expand(-1, -1, num_keys)
     flat = (first + media).clamp(max=max(layout.media_total - 1, 0))
     if layout.media_seqlens is not None:
         tokens = torch.arange(num_keys, device=k.device)
-        valid = valid & (tokens < layout.media_seqlens[flat][..., None])
-    keys, values = (
-        torch.where(valid[..., None, None], _upcast(tensor)[flat], 0).flatten(1, 2)
-        for tensor in (k, v)
-    )
-    return keys, values, valid
+        valid = exists & (tokens < layout.media_seqlens[flat][..., None])
+    kept = (exists if keep_invalid else valid)[..., None, None]
+    keys, values = (torch.where(kept, _upcast(tensor)[flat], 0).flatten(1, 2) for tensor in (k, v))
+    return keys, values, exists, valid

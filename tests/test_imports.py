@@ -13,7 +13,7 @@ PACKAGE = ROOT / "flamingo_fast"
 # Lowest first; a module imports its own layer and those before it. `flamingo_fast` is the package's
 # __init__.py, which offers what the layers before it have.
 LAYERS = (
-    {"reference", "layout", "nvtx"},
+    {"reference", "schedule", "layout", "nvtx"},
     {"kernels"},
     {"ops"},
     {"modules"},
@@ -121,7 +121,7 @@ def test_nothing_imports_upward(name: str) -> None:
     assert not upward, f"{name} imports {sorted(upward)}, which are above it"
 
 
-@pytest.mark.parametrize("name", ["reference", "layout"])
+@pytest.mark.parametrize("name", ["reference", "layout", "schedule"])
 def test_reference_imports_torch_only(name: str) -> None:
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     imports = {
@@ -132,5 +132,5 @@ def test_reference_imports_torch_only(name: str) -> None:
     }
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     # What MediaLayout.plot imports when it is called.
-    imports -= {"flamingo_fast.layout", "matplotlib"}
+    imports -= {"flamingo_fast.layout", "flamingo_fast.schedule", "matplotlib"}
     assert {name.partition(".")[0] for name in imports} - set(sys.stdlib_module_names) == {"torch"}

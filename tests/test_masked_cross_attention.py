@@ -9,7 +9,8 @@ import torch
 from attention_cases import AttentionCase, assert_bits_equal, check, run
 
 import flamingo_fast as ff
-from flamingo_fast.layout import MediaLayout, chunk_rows
+from flamingo_fast.layout import MediaLayout
+from flamingo_fast.schedule import chunk_rows
 from flamingo_fast.testing import eager, peers
 from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gradients
 from flamingo_fast.testing.guard import guard

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from flamingo_fast import reference
-from flamingo_fast.layout import MediaLayout, num_slots
+from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops import cpu_attention
 from flamingo_fast.ops.checks import check_attention_inputs
 from flamingo_fast.ops.dispatch import (
@@ -19,6 +19,7 @@ from flamingo_fast.ops.dispatch import (
     choose_impl,
     register_op,
 )
+from flamingo_fast.schedule import num_slots
 
 UNATTENDED = ("zero", "dense", "uniform")
 PAST_LAST = ("zero", "uniform")
@@ -258,32 +259,34 @@ def _sdpa(
     they get is dropped afterwards, but for `dense`.
     """
     batch, media, num_keys = q.shape[0], layout.max_media, k.shape[1]
-    mask = layout.to_mask()[..., None].expand(-1, -1, -1, num_keys)
-    valid = None
+    exists = None
     if layout.media_total == batch * media:
         keys, values = (tensor.unflatten(0, (batch, media)) for tensor in (k, v))
         lengths = layout.media_seqlens
     else:
         index = layout.cu_media[:-1, None] + torch.arange(media, device=k.device)
-        valid = (index < layout.cu_media[1:, None])[..., None].expand(-1, -1, num_keys)
+        exists = (index < layout.cu_media[1:, None])[..., None]
         index = index.clamp(max=layout.media_total - 1)
         keys, values = k[index], v[index]
         lengths = None if layout.media_seqlens is None else layout.media_seqlens[index]
+    valid = exists
     if lengths is not None:
-        tokens = torch.arange(num_keys, device=k.device) < lengths.view(batch, media, 1)
-        valid = tokens if valid is None else valid & tokens
+        valid = torch.arange(num_keys, device=k.device) < lengths.view(batch, media, 1)
+        valid = valid if exists is None else valid & exists
+    mask = layout.to_mask()[..., None]
     if valid is not None:
         mask = mask & valid[:, None]
-    mask = mask.flatten(2)
+    mask = mask.expand(-1, -1, -1, num_keys).flatten(2)
     attends = mask.any(-1)
     kept, everything = attends, torch.ones_like(mask[:, :1])
-    if valid is not None:
-        some = valid.flatten(1)[:, None]
-        # Of a sample without a valid token any token will do.
-        everything = some | ~some.any(-1, keepdim=True)
+    allowed = exists if dense else valid
+    if allowed is not None:
+        everything = allowed.expand(-1, -1, num_keys).flatten(1)[:, None]
+    has_any = everything.any(-1)
     if dense:
-        has_tokens = True if valid is None else some.any(-1)
-        kept = attends | (~layout.past_last() & has_tokens)
+        kept = attends | (~layout.past_last() & has_any)
+    # Of a sample without a token any will do.
+    everything = everything | ~has_any[..., None]
     mask = mask | (~attends[..., None] & everything)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

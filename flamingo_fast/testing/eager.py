@@ -63,7 +63,7 @@ def masked_cross_attention(
     Arguments are those of `flamingo_fast.masked_cross_attention`. Samples with fewer media than
     the others are padded.
     """
-    keys, values, valid = _dense_media(q, k, v, layout)
+    keys, values, exists, valid = _dense_media(q, k, v, layout)
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     attends = layout.attends()
     after = layout.past_last()
@@ -74,7 +74,7 @@ def masked_cross_attention(
         mask = mask & valid[:, None]
     everything = torch.ones_like(mask[:, :1]) if valid is None else valid[:, None]
     if unattended == "dense":
-        mask = mask | (before[..., None] & everything)
+        mask = mask | (before[..., None] & exists)
     scores = torch.einsum("blhd,bshd->bhls", q * softmax_scale, keys.flatten(1, 2))
     scores = scores.masked_fill(~mask[:, None], -torch.finfo(q.dtype).max)
     if scores.shape[-1] > 0:
@@ -90,14 +90,16 @@ def masked_cross_attention(
 
 def _dense_media(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys and values, (B, N, R, H, D), and which of them are real, (B, N * R); None if all."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys and values, (B, N, R, H, D); those that exist, (B, 1, N * R), and
+    that are valid, (B, N * R), None if all."""
     batch, media = layout.batch_size, layout.max_media
     if k.dim() == 5:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     index = layout.cu_media[:-1, None] + torch.arange(media, device=k.device)
     real = index < layout.cu_media[1:, None]
     lengths = layout.media_seqlens
+    exists = real[..., None].expand(*real.shape, k.shape[1]).flatten(1)[:, None]
     valid = None
     if layout.media_total != batch * media or lengths is not None:
         index = torch.where(real, index, 0)
@@ -113,4 +115,4 @@ def _dense_media(
     group = q.shape[2] // k.shape[3]
     if group > 1:
         k, v = (tensor.repeat_interleave(group, dim=3) for tensor in (k, v))
-    return k, v, valid
+    return k, v, exists, valid
