@@ -6,8 +6,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Installed only where PyTorch brings no Triton of its own; its CPU builds don't.
 TRITON ?= triton==3.9.0
-# What we compare with, without what they require: an old PyTorch, which would replace ours.
-PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2
+# What we compare with, without what they require: an old PyTorch, which would replace ours. Of
+# xformers only the masks work on a CPU; they are an oracle of the tests.
+PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2 xformers==0.0.35
 TEST_ARGS ?=
 BENCH_ARGS ?=
 

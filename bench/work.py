@@ -196,6 +196,7 @@ def one_medium_item_work(
     row_flops = num_dots * 2 * _padded(num_keys) * _padded(head_dim)
     lengths = None if layout.media_seqlens is None else layout.media_seqlens.tolist()
     works = []
+    assert layout.work_items is not None, "a token attends to several media"
     for medium, begin, end, slot in layout.work_items.tolist():
         rows = (end - begin) * group
         work = Work(0, rows * (row_bytes + saves_lse), 0)
@@ -228,7 +229,7 @@ def masked_cross_attention_kernel_work(
     ):
         total += item
     numel = 2 * num_keys * head_dim
-    if mode == "bwd":
+    if mode == "bwd" and layout.split_media is not None:
         for medium, first_slot, end_slot in layout.split_media.tolist():
             if medium >= 0:
                 total += Work((end_slot - first_slot) * numel * 4, numel * itemsize, 0)

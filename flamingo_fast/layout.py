@@ -330,7 +330,7 @@ class MediaLayout:
                 media_total,
                 int(cu_media.diff().max()) if _can_validate(device) and batch else media_total,
                 most if attend == "all_previous" else 1,
-                in_order=True,
+                in_order=False,
                 is_packed=True,
             )
         layout._validate_on_cpu()
@@ -502,6 +502,7 @@ class MediaLayout:
             bits = None
             if per_token > 1 and any(layout.media_bits is not None for layout in layouts):
                 bits = torch.cat([layout._bits(max_media) for layout in layouts], dim)
+                end = torch.where(bits.ne(0).any(2), end, start)
             if dim == 1:
                 combined = dataclasses.replace(first, max_media_per_token=per_token)
                 return combined._with_tokens(start, end, bits, in_order=False)
@@ -769,7 +770,7 @@ def _boundaries(
     if not isinstance(cu_seqlens, torch.Tensor):
         if not isinstance(cu_seqlens, Sequence) or not all(map(_is_count, cu_seqlens)):
             raise TypeError(f"cu_seqlens: expected a tensor or integers >= 0, got {cu_seqlens!r}")
-        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int64, device="cpu")
     if not _holds_integers(cu_seqlens):
         raise TypeError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:

@@ -68,13 +68,13 @@ def one_medium_schedule(
         end[media_total:-1] = torch.where(
             cu_media[1:] == cu_media[:-1], begin[media_total:-1], end[media_total:-1]
         )
-    if row_index is None:
-        media_rows = torch.stack([begin[:media_total], end[:media_total]], 1)
-    else:
-        first_last = torch.stack([begin, end - 1], 1)[:media_total].clamp_(0, max(rows - 1, 0))
-        media_rows = row_index[first_last] if rows else first_last
-        media_rows[:, 1] += 1
-        media_rows.mul_((end > begin)[:media_total, None])
+    bounds = torch.stack([begin[:media_total], end[:media_total]], 1)
+    if row_index is not None and rows > 0:
+        bounds[:, 1] -= 1
+        bounds = row_index[bounds.clamp_(0, rows - 1)]
+        bounds[:, 1] += 1
+    first_row = _sample_of(media, cu_media)[:, None] * seqlen
+    media_rows = torch.where((end > begin)[:media_total, None], bounds, first_row)
     num_segments = len(wanted)
     medium = torch.full_like(begin, -1)
     medium[:media_total] = media
@@ -136,7 +136,7 @@ def several_media_rows(
     """
     batch, seqlen = media_start.shape
     device = media_start.device
-    if media_total == 0 or seqlen == 0:
+    if media_total == 0 or seqlen == 0 or max_media == 0:
         return torch.zeros(media_total, 2, dtype=torch.int32, device=device)
     attends = media_end > media_start
     rows = torch.arange(seqlen, dtype=torch.int32, device=device).expand(batch, seqlen)
@@ -158,9 +158,13 @@ def several_media_rows(
         by_medium(last_medium, latest, "amax").flip(1).cummax(1).values.flip(1),
     )
     media = torch.arange(media_total, dtype=torch.int32, device=device)
-    sample = torch.searchsorted(cu_media[1:], media, right=True, out_int32=True)
-    sample = sample.clamp_(max=batch - 1)
+    sample = _sample_of(media, cu_media)
     index = (media - cu_media[sample]).clamp_(0, max_media - 1)
     bounds = torch.stack([first[sample, index], last[sample, index] + 1], 1)
     bounds = torch.where(bounds[:, :1] < bounds[:, 1:], bounds, 0)
     return bounds + (sample * seqlen)[:, None]
+
+
+def _sample_of(media: torch.Tensor, cu_media: torch.Tensor) -> torch.Tensor:
+    sample = torch.searchsorted(cu_media[1:], media, right=True, out_int32=True)
+    return sample.clamp_(max=max(len(cu_media) - 2, 0))

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 IMPLS = ("auto", "triton", "torch", "reference")
-ATTENTION_IMPLS = (*IMPLS, "sdpa")
+# Kernels of other libraries, one sequence of keys a medium.
+VARLEN_IMPLS = ("varlen", "flash_attn", "xformers")
+ATTENTION_IMPLS = (*IMPLS, "sdpa", *VARLEN_IMPLS)
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -25,10 +27,11 @@ def use_impl(impl: str) -> Iterator[None]:
     """Makes `impl` what ops called with impl="auto" use inside the block.
 
     Activation checkpointing calls the ops again in the backward, which then belongs in the block.
-    Ops that don't have `impl` keep "auto": "sdpa" is of attention ops only.
+    Ops that don't have `impl` keep "auto": "sdpa", "varlen", "flash_attn" and "xformers" are of
+    attention ops only.
 
     Raises:
-        ValueError: `impl` is not one of "auto", "triton", "torch", "reference", "sdpa".
+        ValueError: `impl` is none of "auto", "triton", "torch", "reference" and these.
     """
     global _default_impl
     check_impl(impl, ATTENTION_IMPLS)

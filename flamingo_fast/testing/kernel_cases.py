@@ -11,10 +11,9 @@ import torch
 from flamingo_fast.kernels.gated_residual import gated_residual_bwd, gated_residual_fwd
 from flamingo_fast.kernels.norm_backward import gated_residual_norm_bwd, norm_bwd
 from flamingo_fast.kernels.norm_forward import gated_residual_norm_fwd, norm_fwd
-from flamingo_fast.kernels.one_medium_backward import one_medium_bwd
-from flamingo_fast.kernels.one_medium_forward import one_medium_fwd
 from flamingo_fast.kernels.squared_relu import squared_relu_bwd, squared_relu_fwd
 from flamingo_fast.testing.aot import KernelCase, Rules
+from flamingo_fast.testing.attention_kernel_cases import attention_cases
 
 ROWS = 8192
 # One for each power of two that a launch configuration depends on.
@@ -186,128 +185,9 @@ def _gated_norm(
     )
 
 
-def _attention_cases() -> Iterator[KernelCase]:
-    """Rows of 2048 tokens have tiles of 32 rows, decoding has tiles of 16."""
-    tuned = [("bf16", head_dim) for head_dim in (64, 80, 96, 128)] + [("fp16", 128)]
-    for name, head_dim in tuned:
-        yield from _attention(f"{name}/64x{head_dim}", DTYPES[name], head_dim=head_dim)
-    for head_dim in (64, 128):
-        variant = functools.partial(_attention, dtype=torch.bfloat16, head_dim=head_dim)
-        yield from variant(f"bf16/64x{head_dim}_decode", seqlen=1)
-        yield from variant(f"bf16/64x{head_dim}_seqlens", seqlens=True)
-        yield from variant(f"bf16/64x{head_dim}_sorted", sorted_rows=True)
-        yield from variant(f"bf16/64x{head_dim}_gqa", group=4)
-        yield from variant(f"bf16/128x{head_dim}", num_keys=128)
-        yield from variant(
-            f"bf16/128x{head_dim}_sorted_gqa", num_keys=128, sorted_rows=True, group=4
-        )
-    yield from _attention("bf16/100x64", torch.bfloat16, num_keys=100)
-    yield from _attention("bf16/5x16", torch.bfloat16, num_keys=5, head_dim=16)
-    yield from _attention("bf16/64x40_gqa", torch.bfloat16, head_dim=40, group=6)
-    yield from _attention("bf16/64x256", torch.bfloat16, head_dim=256)
-    yield from _attention("bf16/16x256", torch.bfloat16, num_keys=16, head_dim=256)
-    yield from _attention("fp32/128x64", torch.float32, num_keys=128)
-    for head_dim in (64, 128):
-        yield from _attention(f"fp32/64x{head_dim}", torch.float32, head_dim=head_dim)
-    yield from _attention("fp32_tf32/64x64", torch.float32, input_precision="tf32")
-
-
-def _attention(
-    name: str,
-    dtype: torch.dtype,
-    *,
-    seqlen: int = 2048,
-    num_keys: int = 64,
-    head_dim: int = 64,
-    group: int = 1,
-    seqlens: bool = False,
-    sorted_rows: bool = False,
-    input_precision: str = "ieee",
-) -> Iterator[KernelCase]:
-    batch, media, kv_heads = 8, 256, 8
-    q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
-    # As halves of one projection.
-    k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
-    dkv = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
-    lse = _meta(kv_heads, batch, seqlen, group)
-    work_items = _meta(media + 9, 4, dtype=torch.int32)
-    split_media = _meta(16, 3, dtype=torch.int32)
-    media_seqlens = _meta(media, dtype=torch.int32) if seqlens else None
-    row_index = _meta(batch * seqlen, dtype=torch.int32) if sorted_rows else None
-    scale = head_dim**-0.5
-    forward = functools.partial(
-        one_medium_fwd,
-        q,
-        k,
-        v,
-        work_items,
-        row_index,
-        media_seqlens,
-        scale,
-        input_precision=input_precision,
-    )
-    backward = functools.partial(
-        one_medium_bwd,
-        q,
-        q,
-        k,
-        v,
-        lse,
-        work_items,
-        split_media,
-        num_slots=32,
-        row_index=row_index,
-        media_seqlens=media_seqlens,
-        softmax_scale=scale,
-        input_precision=input_precision,
-    )
-    rules = _attention_rules(dtype, num_keys, head_dim, input_precision)
-    yield KernelCase(f"one_medium_fwd/{name}", functools.partial(forward, need_lse=True), rules)
-    yield KernelCase(
-        f"one_medium_fwd_inference/{name}", functools.partial(forward, need_lse=False), rules
-    )
-    yield KernelCase(
-        f"one_medium_bwd/{name}",
-        functools.partial(backward, dq=_meta(*q.shape, dtype=dtype), dkv=dkv),
-        rules,
-    )
-    yield KernelCase(
-        f"one_medium_bwd_dq/{name}",
-        functools.partial(backward, dq=_meta(*q.shape, dtype=dtype), dkv=_meta(0)),
-        rules,
-    )
-
-
-def _attention_rules(
-    dtype: torch.dtype, num_keys: int, head_dim: int, input_precision: str
-) -> Rules:
-    kernels = ("_one_medium_fwd_kernel", "_one_medium_bwd_kernel")
-    wide = kernels if head_dim >= 64 else ()
-    if dtype == torch.float32:
-        return Rules(
-            allow_tf32=input_precision == "tf32",
-            may_spill="launch configurations are tuned for 16-bit types",
-            loads_128bit=wide,
-            stores_128bit=wide,
-        )
-    may_spill = "head dims above 128 are right, not tuned" if head_dim > 128 else ""
-    # Tiles are powers of two; of fewer than 64 wgmma has no form.
-    fills_warp_group = num_keys > 32 and head_dim > 32
-    # Sums of dK and dV over 128 keys take the registers of a whole SM.
-    two_blocks = kernels if num_keys <= 64 else kernels[:1]
-    return Rules(
-        may_spill=may_spill,
-        loads_128bit=wide,
-        stores_128bit=wide,
-        tensor_cores=kernels,
-        wgmma=kernels if fills_warp_group else (),
-        two_blocks=two_blocks if head_dim <= 128 else (),
-    )
-
-
 CASES = [
     *_squared_relu_cases(),
     *_gated_residual_cases(),
     *_norm_cases(),
-    *_attention_cases(),
+    *attention_cases(),
 ]

@@ -1,13 +1,20 @@
 """The peers' own code, as they published it: a second oracle, and a baseline of the benchmarks.
 
-Of each only the file with the attention classes is loaded, under its own module name: the package
-of open_flamingo imports a library of vision models and one of tokenizers.
+Of OpenFlamingo and flamingo-pytorch only the file with the attention classes is loaded, under its
+own module name: the package of open_flamingo imports a library of vision models and one of
+tokenizers. Of transformers, single modules with random weights, and the masks of its processors.
 """
 
+import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import torch
 
 OPEN_FLAMINGO = "open-flamingo==2.0.1"
 FLAMINGO_PYTORCH = "flamingo-pytorch==0.1.2"
@@ -30,6 +37,149 @@ def flamingo_pytorch() -> ModuleType:
         ImportError: it, or what it imports, is not installed; says how to install it.
     """
     return _load("flamingo_pytorch.flamingo_pytorch", FLAMINGO_PYTORCH)
+
+
+def idefics_layer(
+    hidden_size: int, num_heads: int, image_size: int, qk_layer_norms: bool = False
+) -> torch.nn.Module:
+    """transformers' IdeficsGatedCrossAttentionLayer, eager, with its gates open.
+
+    Arguments:
+        image_size: of the last dimension of the image states.
+
+    Raises:
+        ImportError: transformers is not installed; says how to install it.
+    """
+    module = _of_transformers("idefics.modeling_idefics")
+    config = _of_transformers("idefics.configuration_idefics").IdeficsConfig(
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size,
+        num_attention_heads=num_heads,
+        vision_config={"embed_dim": image_size},
+        qk_layer_norms=qk_layer_norms,
+        alpha_initializer="ones",
+        attn_implementation="eager",
+    )
+    return module.IdeficsGatedCrossAttentionLayer(config, layer_idx=0)
+
+
+def idefics_image_attention_mask(
+    input_ids: torch.Tensor, image_token: int, eos_token: int, num_images: int
+) -> torch.Tensor:
+    """What transformers' processor for IDEFICS makes: (B, L, num_images) int64.
+
+    Arguments:
+        input_ids: (B, L) int64.
+
+    Raises:
+        ImportError: transformers is not installed; says how to install it.
+    """
+    processing = _of_transformers("idefics.processing_idefics")
+    tokenizer = SimpleNamespace(
+        convert_tokens_to_ids=lambda token: image_token, eos_token_id=eos_token
+    )
+    last_image, _ = processing.image_attention_mask_for_packed_input_ids(
+        input_ids, tokenizer, return_tensors="pt"
+    )
+    return processing.incremental_to_binary_attention_mask(
+        last_image, return_tensors="pt", num_classes=num_images
+    )
+
+
+def mllama_cross_attention(
+    hidden_size: int, num_heads: int, num_key_value_heads: int
+) -> torch.nn.Module:
+    """transformers' MllamaTextCrossAttention, eager.
+
+    Raises:
+        ImportError: transformers is not installed; says how to install it.
+    """
+    module = _of_transformers("mllama.modeling_mllama")
+    config = _of_transformers("mllama.configuration_mllama").MllamaTextConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        attn_implementation="eager",
+    )
+    return module.MllamaTextCrossAttention(config, layer_idx=0)
+
+
+def mllama_cross_attention_mask(
+    input_ids: Sequence[Sequence[int]],
+    image_token: int,
+    num_tiles: Sequence[Sequence[int]],
+    max_num_tiles: int = 4,
+) -> torch.Tensor:
+    """What transformers' processor for Mllama makes: (B, L, N, max_num_tiles) int64.
+
+    Arguments:
+        input_ids: of each sample, not padded; the mask is as long as the longest.
+        num_tiles: of each image of each sample.
+
+    Raises:
+        ImportError: transformers is not installed; says how to install it.
+    """
+    processing = _of_transformers("mllama.processing_mllama")
+    mask = processing.convert_sparse_cross_attention_mask_to_dense(
+        [processing.get_cross_attention_token_mask(ids, image_token) for ids in input_ids],
+        num_tiles=num_tiles,
+        max_num_tiles=max_num_tiles,
+        length=max(map(len, input_ids)),
+    )
+    return torch.from_numpy(mask)
+
+
+def mllama_attention_bias(mask: torch.Tensor, tokens_per_tile: int) -> torch.Tensor:
+    """What transformers' Mllama adds to the scores: (B, 1, L, N * tiles * tokens_per_tile) fp32.
+
+    Arguments:
+        mask: (B, L, N, tiles) integers.
+
+    Raises:
+        ImportError: transformers is not installed; says how to install it.
+    """
+    module = _of_transformers("mllama.modeling_mllama")
+    bias, _ = module._prepare_cross_attention_mask(mask, tokens_per_tile, torch.float32)
+    return bias
+
+
+@contextmanager
+def attention_in_place(
+    module: torch.nn.Module, attention: Callable[..., torch.Tensor]
+) -> Iterator[None]:
+    """Inside, modules of `module`'s file that are eager attend by `attention`.
+
+    Arguments:
+        module: of `idefics_layer` or `mllama_cross_attention`.
+        attention: a function of q (B, L, H, D), k and v (B, keys, Hkv, D) and the scale of the
+            scores; returns (B, L, H, D).
+    """
+
+    def in_their_form(
+        _: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        **unused: object,
+    ) -> tuple[torch.Tensor, None]:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return attention(q, k, v, scaling), None
+
+    file = sys.modules[type(module).__module__]
+    with mock.patch.object(file, "eager_attention_forward", in_their_form):
+        yield
+
+
+def _of_transformers(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"transformers.models.{name}")
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        raise ImportError(
+            f"{missing} is not installed: pip install 'flamingo_fast[models]'"
+        ) from error
 
 
 def _load(name: str, requirement: str) -> ModuleType:

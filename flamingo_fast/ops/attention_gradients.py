@@ -1,0 +1,36 @@
+"""What the backwards of attention share: memory for gradients, and how matrices are multiplied."""
+
+import torch
+
+
+def input_precision() -> str:
+    """Of fp32 matrix products in the kernels: what the user allows cuBLAS."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def new_gradients(
+    q: torch.Tensor, k: torch.Tensor, need_dq: bool, need_dkv: bool, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for dq and for dk and dv together; fp32 of no elements for what is not needed."""
+    media_total, num_keys, kv_heads, head_dim = k.shape
+    if interleaved:
+        dkv_shape = (media_total, num_keys, 2, kv_heads, head_dim)
+    else:
+        dkv_shape = (2, media_total, num_keys, kv_heads, head_dim)
+    dq = q.new_empty(q.shape) if need_dq else q.new_empty(0, dtype=torch.float32)
+    return dq, k.new_empty(dkv_shape) if need_dkv else k.new_empty(0, dtype=torch.float32)
+
+
+def separate(dkv: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """dk and dv, (2, media_total, R, Hkv, D)."""
+    return dkv.movedim(2, 0) if interleaved else dkv
+
+
+def of_one_projection(k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether k and v are halves of (media_total, R, 2, Hkv, D); dk and dv then become such too."""
+    width = k.shape[2] * k.shape[3]
+    return (
+        k.stride() == v.stride()
+        and k.stride()[1:] == (2 * width, k.shape[3], 1)
+        and v.storage_offset() - k.storage_offset() == width
+    )

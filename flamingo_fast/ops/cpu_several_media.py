@@ -1,0 +1,552 @@
+"""The `torch` implementation of masked_cross_attention where a token attends to several media.
+
+Rows go in blocks of consecutive ones that attend to the same keys, or nearly: a block has a mask
+only where sets of media change every few rows. Keys that no row of a block attends to cost nothing,
+and neighbouring media are one range of keys, read where they are.
+
+The forward is PyTorch's flash kernel, by its own name: what else chooses between kernels looks at
+the shape of the batch. Its backward takes longer than the matrix products that it consists of, so
+those are called one by one: for each chunk of keys, whose gradients are then final, with each block
+of rows that attend to some of it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+
+# The forward's temporaries: rows of a block, keys that are gathered, elements of a mask.
+_FORWARD_ROWS, _GATHERED_KEYS, _MASK_ELEMENTS = 512, 1024, 2**19
+# The backward's: scores of a block of rows and a chunk of keys.
+_SCORES, _CHUNK_KEYS = 2**19, 512
+# Blocks of rows that attend to different media: rows at most, and what a block takes, in units of
+# one row and one key. A call costs as much as so many more rows and keys.
+_MIXED_ROWS, _ROWS_OF_A_CALL, _KEYS_OF_A_CALL, _COST_OF_A_MASK = 256, 32, 64, 1.125
+# Rows that attend to nothing interrupt blocks; more often than that, the other rows are gathered.
+_INTERRUPTIONS = 4
+# In place of -inf, so that rows without any key stay finite.
+_MASKED = -1e30
+# Media in one word of a set, which is then a positive int64.
+_WORD = 62
+
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# Medium (of its sample), first and end key (of all samples).
+_Part = tuple[int, int, int]
+
+
+@dataclasses.dataclass
+class _Block:
+    """Consecutive rows of a sample, and the media that any of them attends to, as bits."""
+
+    begin: int
+    end: int
+    media: int
+    dense: bool
+    mixed: bool = False
+
+    def cost(self, num_keys: int) -> float:
+        keys = self.media.bit_count() * num_keys
+        cost = (self.end - self.begin + _ROWS_OF_A_CALL) * (keys + _KEYS_OF_A_CALL)
+        return cost * _COST_OF_A_MASK if self.mixed else cost
+
+    def attends(self, medium: int) -> bool:
+        return bool(self.media >> medium & 1)
+
+
+@dataclasses.dataclass
+class _Sample:
+    """A sample's rows in blocks; rows that attend to nothing are in none.
+
+    rows: (rows,) the rows that blocks and `attends` count; None: all.
+    attends: (rows, N) bool.
+    parts: the valid keys of each medium that has any; padding: the others.
+    """
+
+    index: int
+    rows: torch.Tensor | None
+    attends: torch.Tensor
+    blocks: list[_Block]
+    parts: list[_Part]
+    padding: list[_Part]
+
+    def of(self, tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """The sample's rows of (B, L, H, ...) as (rows, Hkv, G, ...)."""
+        tensor = tensor[self.index]
+        if self.rows is not None:
+            tensor = tensor[self.rows]
+        return tensor.unflatten(1, (kv_heads, -1))
+
+    def parts_of(self, block: _Block) -> list[_Part]:
+        """The keys that a block's rows attend to, in the order of memory."""
+        parts = [part for part in self.parts if block.attends(part[0])]
+        return sorted(parts + self.padding) if block.dense else parts
+
+    def columns(self, block: _Block, parts: list[_Part], group: int) -> torch.Tensor | None:
+        """(rows * G, keys) bool: the keys of `parts` that rows attend to; None: to all."""
+        if not block.mixed:
+            return None
+        attends = self.attends[block.begin : block.end, [medium for medium, *_ in parts]]
+        if attends.all():
+            return None
+        lengths = [end - begin for _, begin, end in parts]
+        if min(lengths) == max(lengths):
+            attends = attends[..., None].expand(-1, -1, lengths[0]).flatten(1)
+        else:
+            attends = attends.repeat_interleave(torch.tensor(lengths), 1)
+        return attends if group == 1 else attends.repeat_interleave(group, 0)
+
+
+def _samples(
+    media_start: torch.Tensor,
+    media_end: torch.Tensor,
+    cu_media: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    media_bits: torch.Tensor | None,
+    dense: bool,
+    num_keys: int,
+    most_rows: int,
+) -> Iterator[_Sample]:
+    """Samples with a row that attends to something; `most_rows` of a block."""
+    for index, (first, last) in enumerate(itertools.pairwise(cu_media.tolist())):
+        media = torch.arange(last - first)
+        start, end = media_start[index, :, None], media_end[index, :, None]
+        attends = (media >= start) & (media < end)
+        if media_bits is not None:
+            attends &= (media_bits[index][:, media // 64] >> media % 64 & 1).bool()
+        lengths = [num_keys] * len(media)
+        if media_seqlens is not None:
+            valid = media_seqlens[first:last].clamp(0, num_keys)
+            attends &= valid > 0
+            lengths = valid.tolist()
+        some = attends.any(1)
+        is_dense = torch.zeros_like(some)
+        if dense:
+            is_dense = (~some[:, None] & ((start != len(media)) | (end != len(media))))[:, 0]
+            attends |= is_dense[:, None]
+            some = attends.any(1)
+        if not some.any():
+            continue
+        rows = None
+        if (some[1:] < some[:-1]).sum() > _INTERRUPTIONS:
+            rows = some.nonzero()[:, 0]
+            attends, is_dense = attends[rows], is_dense[rows]
+        keys = [(first + medium) * num_keys for medium in range(len(media))]
+        whole = list(zip(range(len(media)), keys, lengths, strict=True))
+        yield _Sample(
+            index,
+            rows,
+            attends,
+            _blocks(attends, is_dense, num_keys, most_rows),
+            [(medium, key, key + length) for medium, key, length in whole if length > 0],
+            [
+                (medium, key + length, key + num_keys)
+                for medium, key, length in whole
+                if length < num_keys
+            ],
+        )
+
+
+def _blocks(
+    attends: torch.Tensor, is_dense: torch.Tensor, num_keys: int, most_rows: int
+) -> list[_Block]:
+    changes = (attends[1:] != attends[:-1]).any(1) | (is_dense[1:] != is_dense[:-1])
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64), changes.nonzero()[:, 0] + 1])
+    place = 2 ** torch.arange(_WORD)
+    words = [(word * place[: word.shape[1]]).sum(1) for word in attends[begins].split(_WORD, 1)]
+    blocks: list[_Block] = []
+    runs = zip(
+        itertools.pairwise([*begins.tolist(), len(attends)]),
+        torch.stack(words, 1).tolist(),
+        is_dense[begins].tolist(),
+        strict=True,
+    )
+    for (first, last), words_of_run, dense in runs:
+        media = sum(word << _WORD * place for place, word in enumerate(words_of_run))
+        if media == 0:
+            continue
+        for begin in range(first, last, most_rows):
+            block = _Block(begin, min(begin + most_rows, last), media, dense)
+            before = blocks[-1] if blocks else block
+            both = _Block(before.begin, block.end, before.media | media, dense, mixed=True)
+            if (
+                before.end == block.begin
+                and not before.dense
+                and not dense
+                and block.end - before.begin <= min(_MIXED_ROWS, most_rows)
+                and both.cost(num_keys) <= before.cost(num_keys) + block.cost(num_keys)
+            ):
+                blocks[-1] = both
+            else:
+                blocks.append(block)
+    return blocks
+
+
+def _cut(parts: Iterable[_Part], length: int) -> list[_Part]:
+    return [
+        (medium, key, min(key + length, end))
+        for medium, begin, end in parts
+        for key in range(begin, end, length)
+    ]
+
+
+def _groups(parts: Iterable[_Part], most_keys: int) -> Iterator[list[_Part]]:
+    """Several parts of `most_keys` together, or one part."""
+    group: list[_Part] = []
+    total = 0
+    for part in parts:
+        keys = part[2] - part[1]
+        if group and total + keys > most_keys:
+            yield group
+            group, total = [], 0
+        group.append(part)
+        total += keys
+    if group:
+        yield group
+
+
+def _joined(parts: Iterable[_Part]) -> list[_Part]:
+    """Parts that are neighbours in memory as one, of the first one's medium."""
+    joined: list[_Part] = []
+    for medium, begin, end in parts:
+        if joined and joined[-1][2] == begin:
+            joined[-1] = (*joined[-1][:2], end)
+        else:
+            joined.append((medium, begin, end))
+    return joined
+
+
+def _by_key(tensor: torch.Tensor) -> torch.Tensor:
+    """(media_total * R, Hkv, D) with a last stride of 1: of all but odd strides a view."""
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).flatten(0, 1)
+
+
+def _gathered(tensor: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
+    """The keys of the parts, (keys, Hkv, D); a view if they are neighbours."""
+    ranges = [tensor[begin:end] for _, begin, end in _joined(parts)]
+    return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+
+
+def several_media_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    media_start: torch.Tensor,
+    media_end: torch.Tensor,
+    cu_media: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    media_bits: torch.Tensor | None,
+    dense: bool,
+    softmax_scale: float,
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out`, contiguous, of q's shape and dtype, and the log-sum-exp of the scaled scores.
+
+    Arguments:
+        q: (B, L, H, D). k, v: (media_total, R, Hkv, D). Any strides.
+        media_start, media_end, cu_media, media_seqlens: those of `MediaLayout`.
+        media_bits: (B, L, words) int64 or None; bit m % 64 of word m // 64 is set if the row
+            attends to medium m of its sample, of those from media_start to media_end.
+        dense: rows that attend to nothing attend to all tokens of their sample, valid or not, but
+            for rows past the last medium.
+
+    Returns:
+        lse: (B, L, H) fp32 (fp64 of fp64), inf for rows that attend to nothing; (0,) if it is not
+            needed.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    lse = torch.full(q.shape[:3] if need_lse else (0,), math.inf, dtype=wide)
+    keys, values = _by_key(k), _by_key(v)
+    layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
+    for sample in _samples(*layout, k.shape[1], _FORWARD_ROWS):
+        queries = sample.of(q, k.shape[2])
+        sums = sample.of(lse, k.shape[2]) if need_lse else None
+        attended = sample.of(out, k.shape[2])
+        for block in sample.blocks:
+            rows = slice(block.begin, block.end)
+            block_out, block_lse = _attend(
+                queries[rows], keys, values, sample, block, softmax_scale
+            )
+            attended[rows] = block_out
+            if sums is not None:
+                sums[rows] = block_lse
+        if sample.rows is not None:
+            out[sample.index, sample.rows] = attended.flatten(1, 2)
+            if sums is not None:
+                lse[sample.index, sample.rows] = sums.flatten(1, 2)
+    return out, lse
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sample: _Sample,
+    block: _Block,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, Hkv, G, D) and (rows, Hkv, G) of a block."""
+    heads_first = queries.transpose(0, 1)
+    packed = heads_first.flatten(1, 2)[None]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    if packed.stride(-1) != 1:
+        packed = packed.contiguous()
+    num_rows, group = packed.shape[2], queries.shape[2]
+    parts = sample.parts_of(block)
+    limit = _GATHERED_KEYS
+    if block.mixed:
+        limit = max(_MASK_ELEMENTS // num_rows, 1)
+        if len(_joined(parts)) > 1:
+            limit = min(limit, _GATHERED_KEYS)
+        parts = _cut(parts, limit)
+    else:
+        parts = _joined(parts)
+    total: tuple[torch.Tensor, torch.Tensor] | None = None
+    for some in _groups(parts, limit):
+        attends = sample.columns(block, some, group)
+        mask = None
+        if attends is not None:
+            mask = torch.zeros(attends.shape, dtype=wide).masked_fill_(~attends, _MASKED)[
+                None, None
+            ]
+        out, lse = _flash_attention(
+            packed,
+            _gathered(keys, some).transpose(0, 1)[None],
+            _gathered(values, some).transpose(0, 1)[None],
+            attn_mask=mask,
+            scale=softmax_scale,
+        )
+        if total is not None:
+            before, before_lse = total
+            both = torch.logaddexp(before_lse, lse)
+            out = (
+                before * (before_lse - both).exp()[..., None] + out * (lse - both).exp()[..., None]
+            )
+            lse = both
+        total = out, lse
+    assert total is not None  # A block attends to something.
+    out, lse = total
+    return (
+        out.view(heads_first.shape).transpose(0, 1),
+        lse.view(heads_first.shape[:3]).transpose(0, 1),
+    )
+
+
+@functools.cache
+def _has_fast_bf16() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+class _Memory:
+    """Tensors by name; one of a name is in the memory of the one before."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        numel = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[name] = torch.empty(numel, dtype=dtype)
+        return buffer[:numel].view(shape)
+
+    def copy(self, name: str, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        copy = self.take(name, source.shape, dtype)
+        return copy.copy_(source)
+
+
+def several_media_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    media_start: torch.Tensor,
+    media_end: torch.Tensor,
+    cu_media: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    media_bits: torch.Tensor | None,
+    dense: bool,
+    softmax_scale: float,
+    dq: torch.Tensor,
+    dkv: torch.Tensor,
+) -> None:
+    """Fills dq, contiguous, and dkv, (2, media_total, R, Hkv, D); either may have no elements.
+
+    `out` and `lse` are what the forward returned; the other arguments are its own.
+    """
+    need_dq, need_dkv = dq.numel() > 0, dkv.numel() > 0
+    wide = torch.promote_types(q.dtype, torch.float32)
+    kv_heads = k.shape[2]
+    keys, values = _by_key(k), _by_key(v)
+    dq.zero_()
+    dkv.zero_()
+    gradients = dkv.flatten(1, 2) if need_dkv else None
+    memory = _Memory()
+    layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
+    most_rows = max(_SCORES // (_CHUNK_KEYS * q.shape[2]), 1)
+    for sample in _samples(*layout, k.shape[1], most_rows):
+        dq_sum = sample.of(dq, kv_heads) if need_dq else None
+        in_place = q.dtype == wide and sample.rows is None
+        if dq_sum is not None and not in_place:
+            dq_sum = torch.zeros(dq_sum.shape, dtype=wide)
+        douts = sample.of(dout, kv_heads)
+        _sample_backward(
+            sample,
+            sample.of(q, kv_heads),
+            douts,
+            sample.of(lse, kv_heads),
+            _row_sums(douts, sample.of(out, kv_heads), most_rows),
+            keys,
+            values,
+            softmax_scale,
+            dq_sum,
+            gradients,
+            memory,
+        )
+        if dq_sum is not None and not in_place:
+            rows = slice(None) if sample.rows is None else sample.rows
+            dq[sample.index, rows] = dq_sum.flatten(1, 2).to(q.dtype)
+    if gradients is not None and gradients.data_ptr() != dkv.data_ptr():
+        dkv.copy_(gradients.view(dkv.shape))
+
+
+def _row_sums(left: torch.Tensor, right: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The sums of left * right over the last dimension, in fp32 or fp64."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    blocks = zip(left.split(num_rows), right.split(num_rows), strict=True)
+    return torch.cat([(some.to(wide) * other).sum(-1) for some, other in blocks])
+
+
+def _sample_backward(
+    sample: _Sample,
+    q: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    softmax_scale: float,
+    dq: torch.Tensor | None,
+    dkv: torch.Tensor | None,
+    memory: _Memory,
+) -> None:
+    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64, and sets dkv, (2, keys, Hkv, D)."""
+    wide = lse.dtype
+    narrow = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
+    _, kv_heads, group, head_dim = q.shape
+
+    def heads_first(name: str, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        copy = memory.take(name, source.transpose(0, 1).shape, dtype)
+        return copy.copy_(source.transpose(0, 1)).flatten(1, 2)
+
+    for chunk, blocks in _chunks(sample):
+        num_keys = sum(end - begin for _, begin, end in chunk)
+        chunk_k, chunk_v, dk, dv = (
+            memory.take(name, (kv_heads, num_keys, head_dim), dtype)
+            for name, dtype in (("k", wide), ("v", narrow), ("dk", wide), ("dv", wide))
+        )
+        ranges = []
+        column = 0
+        for _, begin, end in _joined(chunk):
+            columns = slice(column, column + end - begin)
+            ranges.append((slice(begin, end), columns))
+            column = columns.stop
+        for of_chunk, columns in ranges:
+            chunk_k[:, columns].copy_(keys[of_chunk].transpose(0, 1))
+            chunk_v[:, columns].copy_(values[of_chunk].transpose(0, 1))
+        dk.zero_()
+        dv.zero_()
+        k_narrow = (
+            chunk_k
+            if narrow == wide
+            else memory.take("k_narrow", chunk_k.shape, narrow).copy_(chunk_k)
+        )
+        for block in blocks:
+            rows = slice(block.begin, block.end)
+            queries = heads_first("q", q[rows], wide)
+            q_narrow = queries if narrow == wide else heads_first("q_narrow", q[rows], narrow)
+            douts = heads_first("dout", dout[rows], narrow)
+            block_lse, block_delta = (
+                x[rows].transpose(0, 1).flatten(1, 2)[..., None] for x in (lse, delta)
+            )
+            for columns, parts in _ranges(chunk, block):
+                shape = (kv_heads, queries.shape[1], columns.stop - columns.start)
+                p = memory.take("p", shape, wide)
+                torch.baddbmm(
+                    p, queries, chunk_k[:, columns].mT, beta=0, alpha=softmax_scale, out=p
+                )
+                p.sub_(block_lse).exp_()
+                attends = sample.columns(block, parts, group)
+                if attends is not None:
+                    p.masked_fill_(~attends, 0)
+                dp = torch.bmm(douts, chunk_v[:, columns].mT, out=memory.take("dp", shape, narrow))
+                ds = dp
+                p_narrow = p
+                if narrow != wide:
+                    ds = memory.take("ds", shape, wide).copy_(dp)
+                    p_narrow = memory.take("p_narrow", shape, narrow).copy_(p)
+                ds.sub_(block_delta).mul_(p)
+                ds_narrow = ds if narrow == wide else dp.copy_(ds)
+                if dkv is not None:
+                    _add_product(dv[:, columns], p_narrow.mT, douts, memory)
+                    _add_product(dk[:, columns], ds_narrow.mT, q_narrow, memory)
+                if dq is not None:
+                    product = torch.bmm(
+                        ds_narrow,
+                        k_narrow[:, columns],
+                        out=memory.take("dq", q_narrow.shape, narrow),
+                    )
+                    block_dq = dq[rows].transpose(0, 1)
+                    block_dq.add_(product.view(block_dq.shape), alpha=softmax_scale)
+        if dkv is not None:
+            dk.mul_(softmax_scale)
+            for of_chunk, columns in ranges:
+                for gradient, total in zip(dkv, (dk, dv), strict=True):
+                    gradient[of_chunk].copy_(total[:, columns].transpose(0, 1))
+
+
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory: _Memory
+) -> None:
+    """total += left @ right; a product of narrow tensors is rounded to their type first."""
+    if left.dtype == total.dtype:
+        torch.baddbmm(total, left, right, out=total)
+    else:
+        total.add_(torch.bmm(left, right, out=memory.take("product", total.shape, left.dtype)))
+
+
+def _chunks(sample: _Sample) -> Iterator[tuple[list[_Part], list[_Block]]]:
+    """Chunks of the keys that any row attends to, with the blocks that may attend to them.
+
+    Padding has chunks of its own: what is not finite in it stays with the dense rows.
+    """
+    attended = functools.reduce(lambda media, block: media | block.media, sample.blocks, 0)
+    parts = [part for part in sample.parts if attended >> part[0] & 1]
+    of_dense = [block for block in sample.blocks if block.dense]
+    for some, blocks in ((parts, sample.blocks), (sample.padding if of_dense else [], of_dense)):
+        for chunk in _groups(_cut(some, _CHUNK_KEYS), _CHUNK_KEYS):
+            yield chunk, blocks
+
+
+def _ranges(chunk: list[_Part], block: _Block) -> Iterator[tuple[slice, list[_Part]]]:
+    """Ranges of a chunk's columns that a block attends to, and their parts."""
+    begin = column = 0
+    parts: list[_Part] = []
+    for part in chunk:
+        if not block.attends(part[0]):
+            if parts:
+                yield slice(begin, column), parts
+            parts = []
+        elif not parts:
+            begin = column
+        column += part[2] - part[1]
+        if block.attends(part[0]):
+            parts.append(part)
+    if parts:
+        yield slice(begin, column), parts

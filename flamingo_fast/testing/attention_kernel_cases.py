@@ -1,0 +1,272 @@
+"""Launches of attention kernels that the ahead-of-time gate compiles."""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from flamingo_fast.kernels.one_medium_backward import one_medium_bwd
+from flamingo_fast.kernels.one_medium_forward import one_medium_fwd
+from flamingo_fast.kernels.several_media_backward import several_media_bwd
+from flamingo_fast.kernels.several_media_forward import lse_shape, several_media_fwd
+from flamingo_fast.testing.aot import KernelCase, Rules
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention_cases() -> Iterator[KernelCase]:
+    yield from _one_medium_cases()
+    yield from _several_media_cases()
+
+
+def _one_medium_cases() -> Iterator[KernelCase]:
+    """Rows of 2048 tokens have tiles of 32 rows, decoding has tiles of 16."""
+    tuned = [("bf16", head_dim) for head_dim in (64, 80, 96, 128)] + [("fp16", 128)]
+    for name, head_dim in tuned:
+        yield from _one_medium(
+            f"{name}/64x{head_dim}",
+            torch.float16 if name == "fp16" else torch.bfloat16,
+            head_dim=head_dim,
+        )
+    for head_dim in (64, 128):
+        variant = functools.partial(_one_medium, dtype=torch.bfloat16, head_dim=head_dim)
+        yield from variant(f"bf16/64x{head_dim}_decode", seqlen=1)
+        yield from variant(f"bf16/64x{head_dim}_seqlens", seqlens=True)
+        yield from variant(f"bf16/64x{head_dim}_sorted", sorted_rows=True)
+        yield from variant(f"bf16/64x{head_dim}_gqa", group=4)
+        yield from variant(f"bf16/128x{head_dim}", num_keys=128)
+        yield from variant(
+            f"bf16/128x{head_dim}_sorted_gqa", num_keys=128, sorted_rows=True, group=4
+        )
+    yield from _one_medium("bf16/100x64", torch.bfloat16, num_keys=100)
+    yield from _one_medium("bf16/5x16", torch.bfloat16, num_keys=5, head_dim=16)
+    yield from _one_medium("bf16/64x40_gqa", torch.bfloat16, head_dim=40, group=6)
+    yield from _one_medium("bf16/64x256", torch.bfloat16, head_dim=256)
+    yield from _one_medium("bf16/16x256", torch.bfloat16, num_keys=16, head_dim=256)
+    yield from _one_medium("fp32/128x64", torch.float32, num_keys=128)
+    for head_dim in (64, 128):
+        yield from _one_medium(f"fp32/64x{head_dim}", torch.float32, head_dim=head_dim)
+    yield from _one_medium("fp32_tf32/64x64", torch.float32, input_precision="tf32")
+
+
+def _one_medium(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    seqlen: int = 2048,
+    num_keys: int = 64,
+    head_dim: int = 64,
+    group: int = 1,
+    seqlens: bool = False,
+    sorted_rows: bool = False,
+    input_precision: str = "ieee",
+) -> Iterator[KernelCase]:
+    batch, media, kv_heads = 8, 256, 8
+    q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
+    # As halves of one projection.
+    k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
+    dkv = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
+    lse = _meta(kv_heads, batch, seqlen, group)
+    work_items = _meta(media + 9, 4, dtype=torch.int32)
+    split_media = _meta(16, 3, dtype=torch.int32)
+    media_seqlens = _meta(media, dtype=torch.int32) if seqlens else None
+    row_index = _meta(batch * seqlen, dtype=torch.int32) if sorted_rows else None
+    scale = head_dim**-0.5
+    forward = functools.partial(
+        one_medium_fwd,
+        q,
+        k,
+        v,
+        work_items,
+        row_index,
+        media_seqlens,
+        scale,
+        input_precision=input_precision,
+    )
+    backward = functools.partial(
+        one_medium_bwd,
+        q,
+        q,
+        k,
+        v,
+        lse,
+        work_items,
+        split_media,
+        num_slots=32,
+        row_index=row_index,
+        media_seqlens=media_seqlens,
+        softmax_scale=scale,
+        input_precision=input_precision,
+    )
+    rules = _one_medium_rules(dtype, num_keys, head_dim, input_precision)
+    yield KernelCase(f"one_medium_fwd/{name}", functools.partial(forward, need_lse=True), rules)
+    yield KernelCase(
+        f"one_medium_fwd_inference/{name}", functools.partial(forward, need_lse=False), rules
+    )
+    yield KernelCase(
+        f"one_medium_bwd/{name}",
+        functools.partial(backward, dq=_meta(*q.shape, dtype=dtype), dkv=dkv),
+        rules,
+    )
+    yield KernelCase(
+        f"one_medium_bwd_dq/{name}",
+        functools.partial(backward, dq=_meta(*q.shape, dtype=dtype), dkv=_meta(0)),
+        rules,
+    )
+
+
+def _one_medium_rules(
+    dtype: torch.dtype, num_keys: int, head_dim: int, input_precision: str
+) -> Rules:
+    kernels = ("_one_medium_fwd_kernel", "_one_medium_bwd_kernel")
+    wide = kernels if head_dim >= 64 else ()
+    if dtype == torch.float32:
+        return Rules(
+            allow_tf32=input_precision == "tf32",
+            may_spill="launch configurations are tuned for 16-bit types",
+            loads_128bit=wide,
+            stores_128bit=wide,
+        )
+    may_spill = "head dims above 128 are right, not tuned" if head_dim > 128 else ""
+    # Tiles are powers of two; of fewer than 64 wgmma has no form.
+    fills_warp_group = num_keys > 32 and head_dim > 32
+    # Sums of dK and dV over 128 keys take the registers of a whole SM.
+    two_blocks = kernels if num_keys <= 64 else kernels[:1]
+    return Rules(
+        may_spill=may_spill,
+        loads_128bit=wide,
+        stores_128bit=wide,
+        tensor_cores=kernels,
+        wgmma=kernels if fills_warp_group else (),
+        two_blocks=two_blocks if head_dim <= 128 else (),
+    )
+
+
+def _several_media_cases() -> Iterator[KernelCase]:
+    """Images of 64 tokens as OpenFlamingo's and IDEFICS's, and of 6404 as Mllama's."""
+    mllama = functools.partial(_several_media, num_keys=6404, media=8, head_dim=128, group=4)
+    for head_dim in (64, 80, 128):
+        yield from _several_media(f"bf16/64x{head_dim}", BF16, head_dim=head_dim)
+    yield from _several_media("fp16/64x128", FP16, head_dim=128)
+    for head_dim in (64, 128):
+        variant = functools.partial(_several_media, dtype=BF16, head_dim=head_dim)
+        yield from variant(f"bf16/64x{head_dim}_bits", bits=True)
+        yield from variant(f"bf16/64x{head_dim}_decode", seqlen=1, forward_only=True)
+    yield from _several_media(
+        "bf16/64x128_bits_seqlens", BF16, head_dim=128, bits=True, seqlens=True
+    )
+    yield from mllama("bf16/6404x128", BF16)
+    yield from mllama("fp16/6404x128_seqlens", FP16, seqlens=True)
+    yield from mllama("bf16/6404x128_dense", BF16, dense=True)
+    yield from mllama("bf16/6404x128_dense_seqlens", BF16, dense=True, seqlens=True, bits=True)
+    yield from mllama("bf16/6404x128_decode", BF16, seqlen=1, forward_only=True)
+    yield from mllama(
+        "bf16/6404x128_decode_dense_seqlens",
+        BF16,
+        seqlen=1,
+        dense=True,
+        seqlens=True,
+        bits=True,
+        forward_only=True,
+    )
+    yield from _several_media("bf16/200x64", BF16, num_keys=200)
+    yield from _several_media("bf16/5x16", BF16, num_keys=5, head_dim=16)
+    yield from _several_media("bf16/64x256", BF16, head_dim=256)
+    for head_dim in (64, 128, 256):
+        yield from _several_media(f"fp32/64x{head_dim}", FP32, head_dim=head_dim)
+    yield from mllama("fp32/6404x128", FP32, dense=True, seqlens=True)
+    yield from _several_media("fp32_tf32/64x64", FP32, input_precision="tf32")
+
+
+def _several_media(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    seqlen: int = 2048,
+    media: int = 256,
+    num_keys: int = 64,
+    head_dim: int = 64,
+    group: int = 1,
+    bits: bool = False,
+    seqlens: bool = False,
+    dense: bool = False,
+    input_precision: str = "ieee",
+    forward_only: bool = False,
+) -> Iterator[KernelCase]:
+    batch, kv_heads = 8, 8
+    q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
+    k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
+    dkv = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
+    start = _meta(batch, seqlen, dtype=torch.int32)
+    media_bits = _meta(batch, seqlen, 1, dtype=torch.int64) if bits else None
+    cu_media = _meta(batch + 1, dtype=torch.int32)
+    media_seqlens = _meta(media, dtype=torch.int32) if seqlens else None
+    forward = functools.partial(
+        several_media_fwd,
+        q,
+        k,
+        v,
+        start,
+        start,
+        media_bits,
+        cu_media,
+        media_seqlens,
+        media // batch,
+        dense,
+        head_dim**-0.5,
+        input_precision=input_precision,
+    )
+    backward = functools.partial(
+        several_media_bwd,
+        q,
+        q,
+        k,
+        v,
+        q,
+        _meta(*lse_shape(q, kv_heads)),
+        start,
+        start,
+        media_bits,
+        _meta(media, 2, dtype=torch.int32),
+        cu_media,
+        media_seqlens,
+        dense,
+        head_dim**-0.5,
+        input_precision=input_precision,
+    )
+    rules = _several_media_rules(dtype, head_dim, input_precision)
+    yield KernelCase(f"several_media_fwd/{name}", functools.partial(forward, need_lse=True), rules)
+    yield KernelCase(
+        f"several_media_fwd_inference/{name}", functools.partial(forward, need_lse=False), rules
+    )
+    if forward_only:
+        return
+    dq = _meta(*q.shape, dtype=dtype)
+    yield KernelCase(
+        f"several_media_bwd/{name}", functools.partial(backward, dq=dq, dkv=dkv), rules
+    )
+    yield KernelCase(
+        f"several_media_bwd_dq/{name}", functools.partial(backward, dq=dq, dkv=_meta(0)), rules
+    )
+
+
+def _several_media_rules(dtype: torch.dtype, head_dim: int, input_precision: str) -> Rules:
+    products = (
+        "_several_media_fwd_kernel",
+        "_several_media_dq_kernel",
+        "_several_media_dkv_kernel",
+    )
+    if dtype == torch.float32:
+        return Rules(
+            allow_tf32=input_precision == "tf32",
+            may_spill="launch configurations are tuned for 16-bit types",
+        )
+    return Rules(
+        may_spill="head dims above 128 are right, not tuned" if head_dim > 128 else "",
+        loads_128bit=products if head_dim >= 64 else (),
+        tensor_cores=products,
+    )
