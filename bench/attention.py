@@ -1,7 +1,11 @@
-"""Attention of text to the medium before it, with images at random and at even positions."""
+"""Attention of text to the medium before it, with images at random and at even positions.
+
+What other benchmarks of masked_cross_attention have in common with it is here too.
+"""
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from flamingo_fast.bench import work
 from flamingo_fast.bench.registry import (
     Benchmark,
     Case,
+    Function,
     Provider,
     Shape,
     Unavailable,
@@ -21,13 +26,15 @@ from flamingo_fast.bench.registry import (
     require_inductor,
 )
 from flamingo_fast.layout import MediaLayout
+from flamingo_fast.ops.dispatch import VARLEN_IMPLS
+from flamingo_fast.ops.varlen_attention import why_not
 from flamingo_fast.testing import eager, peers
 
 DIMS = ("B", "L", "N", "H", "D", "R")
 NAME = "masked_cross_attention"
 
 # One call of a dense method then takes about a second on a few cores, and 4 GB.
-_MAX_SCORES_ON_A_CPU = 2**27
+MAX_SCORES_ON_A_CPU = 2**27
 # The compiled one takes as long, and longer to compile.
 _MAX_COMPILED_SCORES_ON_A_CPU = 2**24
 # The scores, the weights, their gradients, and copies of each while they are made.
@@ -42,7 +49,9 @@ def growth_shapes(quick: bool) -> tuple[Shape, ...]:
     return tuple((1, 2048, media, 8, 64, 64) for media in (1, 2, 4, 8, 16, 32, 64))
 
 
-def media_layout(shape: Shape, device: torch.device, *, even: bool = False) -> MediaLayout:
+def media_layout(
+    shape: Shape, device: torch.device, *, even: bool = False, attend: str = "previous"
+) -> MediaLayout:
     """As many images as media, at distinct positions: random (the same in every run) or even.
 
     Texts shorter than N are the last tokens of one that has them all, as in decoding.
@@ -56,12 +65,16 @@ def media_layout(shape: Shape, device: torch.device, *, even: bool = False) -> M
         generator = torch.Generator().manual_seed(0)
         for row in locations:
             row[torch.randperm(length, generator=generator)[:media]] = True
-    layout = MediaLayout.from_media_locations(locations, media)
+    layout = MediaLayout.from_media_locations(locations, media, attend)
     return (layout if length == seqlen else layout.last(seqlen)).to(device)
 
 
-def _inputs(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, even: bool
+def make_inputs(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    make_layout: Callable[[Shape, torch.device], MediaLayout],
 ) -> dict[str, Any]:
     batch, seqlen, media, heads, head_dim, num_keys = shape
     q_shape, kv_shape = (batch, seqlen, heads, head_dim), (batch, media, num_keys, heads, head_dim)
@@ -69,36 +82,50 @@ def _inputs(
         "q": normal(q_shape, dtype, device, seed=0),
         "k": normal(kv_shape, dtype, device, seed=1),
         "v": normal(kv_shape, dtype, device, mean=0.5, seed=2),
-        "layout": media_layout(shape, device, even=even),
+        "layout": make_layout(shape, device),
     }
 
 
-def _ours(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout, *, impl: str = "auto"
+def ours(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: MediaLayout,
+    *,
+    impl: str = "auto",
+    unattended: str = "zero",
 ) -> torch.Tensor:
     if impl == "reference":
-        return _reference(q, k, v, layout)
-    return flamingo_fast.masked_cross_attention(q, k, v, layout, impl=impl)
+        return _reference(q, k, v, layout, unattended)
+    return flamingo_fast.masked_cross_attention(q, k, v, layout, unattended=unattended, impl=impl)
 
 
 def _reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout, unattended: str
 ) -> torch.Tensor:
     """The reference in blocks of tokens and their media: for a long text it takes L * N memory.
 
-    In fp32 all along, so that gradients of media in several blocks are rounded once.
+    In fp32 all along, so that gradients of media in several blocks are rounded once. All tokens of
+    the media are valid.
     """
-    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
-    rows = []
-    for sample in range(q.shape[0]):
+    wide_q, keys, values = q.float(), k.float().flatten(0, -4), v.float().flatten(0, -4)
+    mask, rows = layout.to_mask(), []
+    for sample, (first, last) in enumerate(itertools.pairwise(layout.cu_media.tolist())):
         blocks = []
-        for tokens, media, block_layout in _blocks(layout, sample):
+        for begin in range(0, layout.seqlen, _REFERENCE_TOKENS):
+            tokens = slice(begin, begin + _REFERENCE_TOKENS)
+            attends = mask[sample, tokens, : last - first]
+            attended = attends.any(0).nonzero().flatten().tolist() or [0, -1]
+            media = slice(attended[0], attended[-1] + 1)
+            if unattended != "zero":
+                media = slice(0, last - first)
             blocks.append(
                 flamingo_fast.masked_cross_attention(
                     wide_q[sample, tokens][None],
-                    wide_k[sample, media][None],
-                    wide_v[sample, media][None],
-                    block_layout,
+                    keys[first:last][media],
+                    values[first:last][media],
+                    MediaLayout.from_media_mask(attends[None, :, media]),
+                    unattended=unattended,
                     impl="reference",
                 )
             )
@@ -106,24 +133,15 @@ def _reference(
     return torch.cat(rows).to(q.dtype)
 
 
-def _blocks(layout: MediaLayout, sample: int) -> Iterator[tuple[slice, slice, MediaLayout]]:
-    for begin in range(0, layout.seqlen, _REFERENCE_TOKENS):
-        tokens = slice(begin, begin + _REFERENCE_TOKENS)
-        start, end = layout.media_start[sample, tokens], layout.media_end[sample, tokens]
-        media = slice(int(start.min()), int(end.max()))
-        count = media.stop - media.start
-        start, end = ((bound - media.start)[None] for bound in (start, end))
-        yield tokens, media, MediaLayout.from_intervals(start, end, count, min(count, 1))
+def num_scores(case: Case) -> int:
+    """Of all tokens and all keys, k being (B, N, R, Hkv, D)."""
+    q, k = case.inputs["q"], case.inputs["k"]
+    return q.shape[:-1].numel() * k.shape[1:3].numel()
 
 
-def _num_scores(shape: Shape) -> int:
-    batch, seqlen, media, heads, _, num_keys = shape
-    return batch * seqlen * heads * media * num_keys
-
-
-def _check_dense(case: Case, limit: int = _MAX_SCORES_ON_A_CPU) -> None:
+def check_dense(case: Case, limit: int = MAX_SCORES_ON_A_CPU) -> None:
     """Raises Unavailable where scores of all tokens and all keys are too many."""
-    scores = _num_scores(case.shape)
+    scores = num_scores(case)
     if case.device.type == "cpu" and scores > limit:
         raise Unavailable(
             f"{scores:.2g} scores of all tokens and keys, more than {limit:.2g}, "
@@ -131,10 +149,11 @@ def _check_dense(case: Case, limit: int = _MAX_SCORES_ON_A_CPU) -> None:
         )
 
 
-def _check_eager(case: Case, compiled: bool = False) -> None:
-    _check_dense(case, _MAX_COMPILED_SCORES_ON_A_CPU if compiled else _MAX_SCORES_ON_A_CPU)
+def check_eager(case: Case, compiled: bool = False) -> None:
+    """Raises Unavailable where a baseline that has scores in memory takes too long, or too much."""
+    check_dense(case, _MAX_COMPILED_SCORES_ON_A_CPU if compiled else MAX_SCORES_ON_A_CPU)
     if case.device.type == "cuda":
-        wanted = _COPIES_OF_SCORES * _num_scores(case.shape) * case.inputs["q"].itemsize
+        wanted = _COPIES_OF_SCORES * num_scores(case) * case.inputs["q"].itemsize
         memory = torch.cuda.get_device_properties(case.device).total_memory
         if wanted > memory:
             raise Unavailable(
@@ -143,33 +162,68 @@ def _check_eager(case: Case, compiled: bool = False) -> None:
             )
 
 
-def _build_sdpa(case: Case, mode: str) -> Callable[..., torch.Tensor]:
+def _build_eager(case: Case, compiled: bool) -> Function:
+    check_eager(case, compiled)
+    return eager.masked_cross_attention
+
+
+def build_sdpa(
+    case: Case, mode: str, *, unattended: str = "zero", limit: int = MAX_SCORES_ON_A_CPU
+) -> Function:
+    check_dense(case, limit)
+    return under_dense_mask(case.inputs["layout"], case.inputs["k"].shape[-3], unattended)
+
+
+def under_dense_mask(
+    layout: MediaLayout, num_keys: int, unattended: str = "zero"
+) -> Callable[..., torch.Tensor]:
     """PyTorch's attention under a dense boolean mask, which is made before the clock starts.
 
-    A softmax over nothing may be NaN: rows that attend to nothing see all, and are zeroed after.
+    A softmax over nothing may be NaN: rows that attend to nothing see all, and get what is right
+    after. All tokens of the media are valid.
     """
-    _check_dense(case)
-    layout, num_keys = case.inputs["layout"], case.shape[-1]
-    attends = layout.attends()[:, None, :, None]
-    mask = layout.to_mask().repeat_interleave(num_keys, 2)[:, None]
-    silent = ~attends
+    silent = ~layout.attends()[:, None, :, None]
     any_silent = bool(silent.any())
-    mask = mask | silent
+    mask = layout.to_mask().repeat_interleave(num_keys, 2)[:, None] | silent
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
     ) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
-        return (out.masked_fill(silent, 0.0) if any_silent else out).transpose(1, 2)
+        queries, keys, values = heads_first(q, k, v)
+        shares = queries.shape[1] != keys.shape[1]
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, enable_gqa=shares
+        )
+        if any_silent and unattended == "zero":
+            out = out.masked_fill(silent, 0.0)
+        elif any_silent and unattended == "uniform":
+            out = torch.where(silent, values.mean(2, keepdim=True), out)
+        return out.transpose(1, 2)
 
     return attend
 
 
-def _heads_first(
+def heads_first(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    keys, values = (tensor.flatten(1, 2).transpose(1, 2) for tensor in (k, v))
+    """As PyTorch and transformers take them: (B, H, L, D) and twice (B, Hkv, keys, D)."""
+    keys, values = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (k, v))
     return q.transpose(1, 2), keys, values
+
+
+def _library(impl: str) -> Provider:
+    def build(case: Case, mode: str) -> Function:
+        q, k, _, layout = case.inputs.values()
+        if reason := why_not(impl, q, k.flatten(0, -4), layout, unattended_dense=False):
+            raise Unavailable(reason)
+        return functools.partial(case.benchmark.ours, impl=impl)
+
+    return Provider(impl, build)
+
+
+# Of layouts with one medium a token.
+LIBRARIES = tuple(map(_library, VARLEN_IMPLS))
+SDPA = Provider("sdpa", build_sdpa)
 
 
 class _KeysAndValues(nn.Module):
@@ -185,18 +239,23 @@ class _KeysAndValues(nn.Module):
         return self.k.flatten(1, 2).flatten(2), self.v.flatten(1, 2).flatten(2)
 
 
-def _build_open_flamingo(case: Case, mode: str) -> Callable[..., torch.Tensor]:
+def build_open_flamingo(case: Case, compiled: bool, *, immediate: bool) -> Function:
     """Its class; the norm and the projections, which are not part of the op, pass on their input.
 
     Like in a model, it makes the mask from the image positions in every call.
+
+    Arguments:
+        immediate: its option to attend to the last image alone, not to all before.
     """
-    _check_eager(case)
+    check_eager(case, compiled)
     try:
         module = peers.open_flamingo()
     except ImportError as error:
         raise Unavailable(str(error)) from None
     _, seqlen, media, heads, head_dim, _ = case.shape
-    attention = module.MaskedCrossAttention(dim=1, dim_visual=1, dim_head=head_dim, heads=heads)
+    attention = module.MaskedCrossAttention(
+        dim=1, dim_visual=1, dim_head=head_dim, heads=heads, only_attend_immediate_media=immediate
+    )
     attention.norm = attention.to_q = attention.to_out = nn.Identity()
     keys_and_values = attention.to_kv = _KeysAndValues()
     text_time = case.inputs["layout"].media_end
@@ -218,7 +277,7 @@ def _build_open_flamingo(case: Case, mode: str) -> Callable[..., torch.Tensor]:
     return attend
 
 
-def _build_flex_attention(case: Case, mode: str) -> Callable[..., torch.Tensor]:
+def _build_flex_attention(case: Case, mode: str) -> Function:
     """PyTorch's flex_attention, compiled; its block mask is made before the clock starts."""
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -243,7 +302,7 @@ def _build_flex_attention(case: Case, mode: str) -> Callable[..., torch.Tensor]:
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
     ) -> torch.Tensor:
-        return compiled(*_heads_first(q, k, v), block_mask=block_mask).transpose(1, 2)
+        return compiled(*heads_first(q, k, v), block_mask=block_mask).transpose(1, 2)
 
     return attend
 
@@ -254,21 +313,18 @@ _masked_cross_attention = functools.partial(
     quick_shape=(4, 256, 5, 8, 64, 64),
     tiny_shape=(1, 16, 1, 1, 16, 16),
     outputs=("out",),
-    eager=eager.masked_cross_attention,
-    check_eager=_check_eager,
-    ours=_ours,
+    build_eager=_build_eager,
+    ours=ours,
     work=work.masked_cross_attention,
     eager_work=work.masked_cross_attention_eager,
 )
-
-_SDPA = Provider("sdpa", _build_sdpa)
 
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         _masked_cross_attention(
             name=NAME,
-            make_inputs=functools.partial(_inputs, even=False),
+            make_inputs=functools.partial(make_inputs, make_layout=media_layout),
             shapes=(
                 (8, 256, 5, 16, 128, 64),
                 (4, 256, 5, 8, 64, 64),
@@ -278,17 +334,23 @@ BENCHMARKS = {
                 (1, 1, 32, 8, 64, 64),
             ),
             others=(
-                _SDPA,
+                SDPA,
                 Provider("flex_attention", _build_flex_attention),
-                Provider("open_flamingo", _build_open_flamingo),
+                Provider(
+                    "open_flamingo",
+                    lambda case, mode: build_open_flamingo(case, False, immediate=True),
+                ),
+                *LIBRARIES,
             ),
         ),
         # Of the providers only ours and flex_attention do other work for other positions.
         _masked_cross_attention(
             name=f"{NAME}_even",
-            make_inputs=functools.partial(_inputs, even=True),
+            make_inputs=functools.partial(
+                make_inputs, make_layout=functools.partial(media_layout, even=True)
+            ),
             shapes=((8, 256, 5, 16, 128, 64), (4, 256, 5, 8, 64, 64), (1, 2048, 32, 8, 64, 64)),
-            others=(_SDPA,),
+            others=(SDPA, *LIBRARIES),
         ),
     )
 }

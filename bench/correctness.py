@@ -1,29 +1,28 @@
 """The gate before timing: a provider that computes something else gets no number."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from flamingo_fast.bench.registry import Case
+from flamingo_fast.bench.registry import Case, Function
 
 # Of the reference's RMS and of its largest value: a few times what rounding after every step of an
 # eager composition costs. A missing term or one wrong row costs far more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def problems(case: Case, function: Callable[..., Any], mode: str) -> list[str]:
+def problems(case: Case, function: Function, mode: str) -> list[str]:
     """What is wrong with the results of `function`: a line for each tensor, or what it raised."""
     try:
-        actual = case.named(case.call(function, mode)())
+        actual = case.results(function, mode)
     # Whatever a provider throws is one more way of being wrong; the others are still measured.
     except Exception as error:
         return [f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"]
     return disagreements(actual, case.expected)
 
 
-def is_only_rounding(case: Case, function: Callable[..., Any], mode: str) -> bool:
+def is_only_rounding(case: Case, function: Function, mode: str) -> bool:
     """Whether `function`, which has problems in a 16-bit dtype, has none in fp32.
 
     For the baseline alone. PyTorch's LayerNorm on a CPU adds up bf16 gradients of weight and bias

@@ -10,7 +10,15 @@ import torch
 
 import flamingo_fast
 from flamingo_fast.bench import work
-from flamingo_fast.bench.registry import Benchmark, Case, Provider, Shape, Unavailable, normal
+from flamingo_fast.bench.registry import (
+    Benchmark,
+    Case,
+    Provider,
+    Shape,
+    Unavailable,
+    normal,
+    plain,
+)
 from flamingo_fast.testing import eager
 
 EPS = 1e-5
@@ -103,7 +111,7 @@ BENCHMARKS = {
             name="gated_residual",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x y gate"),
-            eager=eager.gated_residual,
+            build_eager=plain(eager.gated_residual),
             ours=flamingo_fast.gated_residual,
             work=work.gated_residual,
             eager_work=work.gated_residual_eager,
@@ -112,7 +120,7 @@ BENCHMARKS = {
             name="gated_residual_layer_norm",
             outputs=("residual", "normed"),
             make_inputs=functools.partial(_inputs, "x y gate weight bias"),
-            eager=functools.partial(eager.gated_residual_norm, eps=EPS, norm="layer"),
+            build_eager=plain(functools.partial(eager.gated_residual_norm, eps=EPS, norm="layer")),
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="layer"),
             work=functools.partial(_norm_work, work.gated_residual_norm, rms=False),
             eager_work=work.gated_residual_norm_eager,
@@ -125,7 +133,9 @@ BENCHMARKS = {
             name="gated_residual_rms_norm",
             outputs=("residual", "normed"),
             make_inputs=functools.partial(_inputs, "x y gate weight"),
-            eager=functools.partial(eager.gated_residual_norm, bias=None, eps=EPS, norm="rms"),
+            build_eager=plain(
+                functools.partial(eager.gated_residual_norm, bias=None, eps=EPS, norm="rms")
+            ),
             ours=functools.partial(flamingo_fast.gated_residual_norm, eps=EPS, norm="rms"),
             work=functools.partial(_norm_work, work.gated_residual_norm, rms=True),
             eager_work=functools.partial(work.gated_residual_norm_eager, rms=True),
@@ -135,7 +145,7 @@ BENCHMARKS = {
             name="layer_norm",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x weight bias"),
-            eager=functools.partial(eager.layer_norm, eps=EPS),
+            build_eager=plain(functools.partial(eager.layer_norm, eps=EPS)),
             ours=functools.partial(flamingo_fast.layer_norm, eps=EPS),
             work=functools.partial(_norm_work, work.norm, rms=False),
             eager_work=work.norm,
@@ -148,7 +158,7 @@ BENCHMARKS = {
             name="rms_norm",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x weight"),
-            eager=functools.partial(eager.rms_norm, bias=None, eps=EPS),
+            build_eager=plain(functools.partial(eager.rms_norm, bias=None, eps=EPS)),
             ours=functools.partial(flamingo_fast.rms_norm, eps=EPS),
             work=functools.partial(_norm_work, work.norm, rms=True),
             eager_work=functools.partial(work.norm, rms=True),
@@ -158,7 +168,7 @@ BENCHMARKS = {
             name="squared_relu",
             outputs=("out",),
             make_inputs=functools.partial(_inputs, "x"),
-            eager=eager.squared_relu,
+            build_eager=plain(eager.squared_relu),
             ours=flamingo_fast.squared_relu,
             work=work.squared_relu,
             eager_work=work.squared_relu_eager,

@@ -3,12 +3,23 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from flamingo_fast.bench import attention, ops
+from flamingo_fast.bench import attention, ops, pairs, several_media
 from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_name
 
-BENCHMARKS: Mapping[str, Benchmark] = {**ops.BENCHMARKS, **attention.BENCHMARKS}
+BENCHMARKS: Mapping[str, Benchmark] = {
+    **ops.BENCHMARKS,
+    **attention.BENCHMARKS,
+    **several_media.BENCHMARKS,
+    **pairs.BENCHMARKS,
+}
+# Shapes of the ops that are measured against the size of their inputs.
+GROWTH: Mapping[str, Callable[[bool], tuple[Shape, ...]]] = {
+    attention.NAME: attention.growth_shapes,
+    several_media.ALL_PREVIOUS: several_media.growth_shapes,
+    several_media.SPARSE: several_media.growth_shapes,
+}
 BASELINE = "eager"
 # Providers that take seconds to compile.
 _COMPILED = ("compile", "flex_attention")
@@ -21,7 +32,7 @@ _MAX_NUMEL = 2**59
 class Plan:
     """`cases` are (benchmark, shape, dtype); `left_out` are providers left out by --quick.
 
-    `growth`: shapes differ in the number of images alone, for a plot against it.
+    `growth`: shapes differ in one number, such as that of images, for a plot against it.
     """
 
     cases: tuple[tuple[Benchmark, Shape, str], ...]
@@ -58,19 +69,18 @@ def make_plan(
     """An empty selection is everything. `quick`: one small shape, without torch.compile.
 
     The baseline always runs, since every ratio is to it. Shapes without ops are for the ops that
-    have as many dimensions. `growth`: attention with more and more images; by default its baseline,
-    ours and sdpa.
+    have as many dimensions. `growth`: attention with more and more images, or longer and longer
+    text; by default its baseline, ours and sdpa.
 
     Raises:
         ValueError: an unknown name or a shape that an op can't have, and what was expected.
     """
     if growth:
-        if ops or shapes:
-            raise ValueError("growth chooses its op and shapes; give no --op and no --shape")
-        ops = (attention.NAME,)
-        shapes = tuple(map(shape_name, attention.growth_shapes(quick)))
+        if shapes:
+            raise ValueError("growth chooses its shapes; give no --shape")
+        ops = ops or tuple(GROWTH)
         providers = providers or ("ours", "sdpa")
-    _check_names("op", ops, BENCHMARKS)
+    _check_names("op", ops, GROWTH if growth else BENCHMARKS)
     _check_names("dtype", dtypes, DTYPES)
     _check_names("mode", modes, MODES)
     benchmarks = [BENCHMARKS[name] for name in dict.fromkeys(ops or _fitting(shapes))]
@@ -81,7 +91,9 @@ def make_plan(
         cases=tuple(
             (benchmark, shape, dtype)
             for benchmark in benchmarks
-            for shape in _shapes(benchmark, shapes, quick)
+            for shape in (
+                GROWTH[benchmark.name](quick) if growth else _shapes(benchmark, shapes, quick)
+            )
             for dtype in dict.fromkeys(dtypes or ("fp32", "bf16"))
         ),
         modes=tuple(dict.fromkeys(modes or MODES)),

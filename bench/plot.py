@@ -1,12 +1,15 @@
-"""The plots: how near each provider comes to the copy bandwidth, and what more images cost."""
+"""The plots: how near each provider comes to the copy bandwidth, and what larger inputs cost."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flamingo_fast.bench import attention
+from flamingo_fast.bench.registry import Shape, shape_name
 from flamingo_fast.bench.run import Results
-from flamingo_fast.bench.timing import Quantiles
+
+_GROWING = {"N": "images", "L": "text tokens"}
 
 
 def import_pyplot() -> Any:
@@ -111,60 +114,77 @@ def plot(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def plot_growth(results: Results, path: Path) -> None:
-    """Time (above) and memory (below) against the number of images; a line for each provider.
+def plot_growth(results: Results, op: str, path: Path) -> None:
+    """Time and memory against each size that `op` was measured in; a line for each provider.
 
     Bands are p20 to p80. Without any number there is no plot, nor one of an earlier run.
     """
     pyplot = import_pyplot()
-    images = attention.DIMS.index("N")
-    lines: dict[tuple[str, str, str, str], list[tuple[int, Quantiles]]] = {}
-    for m in results.measurements:
-        if m.kernel == attention.NAME and m.metric in ("time", "peak_memory"):
-            line = lines.setdefault((m.metric, m.dtype, m.mode, m.provider), [])
-            line.append((int(m.shape.split("x")[images]), m.value))
-    if not lines:
+    values = {
+        (m.metric, m.dtype, m.mode, m.provider, m.shape): m.value
+        for m in results.measurements
+        if m.kernel == op and m.metric in ("time", "peak_memory")
+    }
+    if not values:
         path.unlink(missing_ok=True)
         return
-    _, dtypes, modes, providers = (list(dict.fromkeys(c)) for c in zip(*lines, strict=True))
+    _, dtypes, modes, providers, _ = (list(dict.fromkeys(c)) for c in zip(*values, strict=True))
     across = [(dtype, mode) for dtype in dtypes for mode in modes]
+    cases = [(benchmark, shape) for benchmark, shape, _ in results.plan.cases]
+    shapes = [shape for benchmark, shape in dict.fromkeys(cases) if benchmark.name == op]
+    down = [
+        (size, series, metric)
+        for size in _GROWING
+        if len(series := _series(shapes, attention.DIMS.index(size))) > 1
+        for metric in ("time", "peak_memory")
+    ]
     figure, axes = pyplot.subplots(
-        2,
+        len(down),
         len(across),
-        figsize=(1.5 + 2.8 * len(across), 6),
-        sharex=True,
+        figsize=(1.5 + 2.8 * len(across), 3 * len(down)),
+        sharex="row",
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    for row, (metric, label) in zip(axes, (("time", "ms"), ("peak_memory", "MB")), strict=True):
-        row[0].set_ylabel(f"{metric.replace('_', ' ')}, {label}", fontsize=8)
+    for row, (size, series, metric) in zip(axes, down, strict=True):
+        unit = {"time": "ms", "peak_memory": "MB"}[metric]
+        row[0].set_ylabel(f"{metric.replace('_', ' ')}, {unit}", fontsize=8)
+        fixed = ", ".join(
+            f"{name} {number}"
+            for name, number in zip(attention.DIMS, series[0], strict=True)
+            if name != size
+        )
         for axis, (dtype, mode) in zip(row, across, strict=True):
-            axis.set_title(f"{dtype} {mode}", fontsize=9)
+            axis.set_title(f"{dtype} {mode}\n{fixed}", fontsize=8)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set_yscale("log")
-            axis.tick_params(labelsize=8)
+            axis.tick_params(which="both", labelsize=8)
+            axis.set_xlabel(_GROWING[size], fontsize=8)
             for index, provider in enumerate(providers):
-                line = sorted(
-                    lines.get((metric, dtype, mode, provider), ()), key=lambda point: point[0]
-                )
-                counts = [count for count, _ in line]
-                values = [value for _, value in line]
+                found = [
+                    (shape[attention.DIMS.index(size)], value)
+                    for shape in series
+                    if (value := values.get((metric, dtype, mode, provider, shape_name(shape))))
+                ]
+                counts = [count for count, _ in found]
                 low, middle, high = (
-                    [getattr(value, name) for value in values] for name in ("p20", "p50", "p80")
+                    [getattr(value, name) for _, value in found] for name in ("p20", "p50", "p80")
                 )
                 axis.plot(counts, middle, marker=".", color=f"C{index}", label=provider)
                 axis.fill_between(counts, low, high, color=f"C{index}", alpha=0.3, lw=0)
-    for axis in axes[-1]:
-        axis.set_xlabel("images", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    shape = next(shape for _, shape, _ in results.plan.cases)
-    sizes = ", ".join(
-        f"{name} {size}" for name, size in zip(attention.DIMS, shape, strict=True) if name != "N"
-    )
     environment = textwrap.fill(str(results.environment), 28 * (1 + len(across)))
-    figure.suptitle(f"{attention.NAME}, {sizes}\n{environment}", fontsize=8)
+    figure.suptitle(f"{op}\n{environment}", fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _series(shapes: Sequence[Shape], index: int) -> list[Shape]:
+    """The most shapes that differ in the number at `index` alone, sorted."""
+    by_rest: dict[Shape, list[Shape]] = {}
+    for shape in shapes:
+        by_rest.setdefault((*shape[:index], *shape[index + 1 :]), []).append(shape)
+    return max(map(sorted, by_rest.values()), key=len)

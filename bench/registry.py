@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 
+from flamingo_fast.bench.timing import MIN_ROUNDS
 from flamingo_fast.bench.work import Work
 from flamingo_fast.ops.dispatch import TRITON_INSTALLED
 
@@ -35,6 +36,23 @@ class Unavailable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Rearranged:
+    """A function of the inputs in another arrangement than the reference's, such as padded.
+
+    arrange: (name, value) of an input or of an output's incoming gradient, as `function` takes it;
+        done before the clock starts.
+    restore: (name, tensor) of what comes out, as in `Case.expected`; only the gate wants it.
+    """
+
+    function: Callable[..., Any]
+    arrange: Callable[[str, Any], Any]
+    restore: Callable[[str, torch.Tensor], torch.Tensor]
+
+
+Function = Callable[..., Any] | Rearranged
+
+
+@dataclasses.dataclass(frozen=True)
 class Provider:
     """`build(case, mode)` returns a function of the case's inputs, or raises Unavailable.
 
@@ -42,7 +60,7 @@ class Provider:
     """
 
     name: str
-    build: Callable[["Case", str], Callable[..., Any]]
+    build: Callable[["Case", str], Function]
 
 
 def require_cpp() -> None:
@@ -77,26 +95,34 @@ def compile_afresh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled(benchmark: "Benchmark") -> Provider:
-    def build(case: "Case", mode: str) -> Callable[..., Any]:
+    def build(case: "Case", mode: str) -> Function:
         require_inductor(case.device)
-        benchmark.check_eager(case, True)
-        return compile_afresh(benchmark.eager)
+        eager = benchmark.build_eager(case, True)
+        if isinstance(eager, Rearranged):
+            return dataclasses.replace(eager, function=compile_afresh(eager.function))
+        return compile_afresh(eager)
 
     return Provider("compile", build)
 
 
+def plain(function: Callable[..., Any]) -> Callable[["Case", bool], Callable[..., Any]]:
+    """`Benchmark.build_eager` of a function of the inputs that needs nothing beforehand."""
+    return lambda case, compiled: function
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One op. Its baseline is `eager`, the composition that a user would write.
+    """One op. Its baseline, "eager", is the composition that a user would write.
 
     name: as in the results; for an op of ours the name of the function or a variant of it.
     dims: what the numbers of a shape are.
     outputs: names of what the op returns, in order.
     make_inputs: (shape, dtype, device) -> inputs by name, in the order the functions take them.
-    eager, ours: functions of the inputs; `ours` also takes `impl`, and with impl="reference" is
-        the oracle.
-    work, eager_work: (shape, itemsize, mode) -> useful work of the op, and of `eager`.
-    check_eager: (case, compiled) raises Unavailable where `eager` takes too much memory or time.
+    build_eager: (case, compiled) -> the baseline, like a provider's `build`, or for torch.compile;
+        raises Unavailable where it takes too much memory or time.
+    ours: a function of the inputs that also takes `impl`, and with impl="reference" is the oracle.
+    work, eager_work: (shape, itemsize, mode) -> useful work of the op, and of the baseline.
+    fewest_rounds: of timing, where more take long.
     """
 
     name: str
@@ -106,26 +132,22 @@ class Benchmark:
     tiny_shape: Shape
     outputs: tuple[str, ...]
     make_inputs: Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
-    eager: Callable[..., Any]
+    build_eager: Callable[["Case", bool], Function]
     ours: Callable[..., Any]
     work: Callable[[Shape, int, str], Work]
     eager_work: Callable[[Shape, int, str], Work]
     others: tuple[Provider, ...] = ()
-    check_eager: Callable[["Case", bool], None] = lambda case, compiled: None
+    fewest_rounds: int = MIN_ROUNDS
 
     @property
     def providers(self) -> tuple[Provider, ...]:
         """The baseline comes first."""
         return (
-            Provider("eager", self._build_eager),
+            Provider("eager", lambda case, mode: self.build_eager(case, False)),
             _compiled(self),
             Provider("ours", lambda case, mode: self.ours),
             *self.others,
         )
-
-    def _build_eager(self, case: "Case", mode: str) -> Callable[..., Any]:
-        self.check_eager(case, False)
-        return self.eager
 
 
 def normal(
@@ -181,21 +203,33 @@ class Case:
             raise ValueError(f"{len(results)} tensors, expected {', '.join(outputs)}")
         return dict(zip(names, results, strict=False))
 
-    def call(self, function: Callable[..., Any], mode: str) -> Call:
+    def call(self, function: Function, mode: str) -> Call:
         """Runs `function` forward, or forward and backward of a fixed incoming gradient."""
+        inputs = {
+            name: value.detach() if isinstance(value, torch.Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        douts = self._douts
+        if isinstance(function, Rearranged):
+            arrange, function = function.arrange, function.function
+            inputs = {name: arrange(name, value) for name, value in inputs.items()}
+            douts = tuple(map(arrange, self.benchmark.outputs, douts))
         if mode == "fwd":
-            inputs = tuple(
-                value.detach() if isinstance(value, torch.Tensor) else value
-                for value in self.inputs.values()
-            )
-            return lambda: _as_tuple(function(*inputs))
-        all_inputs, leaves = tuple(self.inputs.values()), tuple(self._leaves.values())
+            return lambda: _as_tuple(function(*inputs.values()))
+        leaves = tuple(inputs[name].requires_grad_() for name in self._leaves)
 
         def forward_and_backward() -> tuple[torch.Tensor, ...]:
-            outputs = _as_tuple(function(*all_inputs))
-            return *outputs, *torch.autograd.grad(outputs, leaves, self._douts)
+            outputs = _as_tuple(function(*inputs.values()))
+            return *outputs, *torch.autograd.grad(outputs, leaves, douts)
 
         return forward_and_backward
+
+    def results(self, function: Function, mode: str) -> dict[str, torch.Tensor]:
+        """What a call returns, by name, arranged as in `expected`."""
+        results = self.named(self.call(function, mode)())
+        if isinstance(function, Rearranged):
+            return {name: function.restore(name, tensor) for name, tensor in results.items()}
+        return results
 
     def work(self, mode: str) -> Work:
         return self.benchmark.work(self.shape, DTYPES[self.dtype].itemsize, mode)

@@ -10,7 +10,7 @@ import rich.box
 import rich.table
 from rich.console import Console
 
-from flamingo_fast.bench import roofline
+from flamingo_fast.bench import attention, roofline
 from flamingo_fast.bench.plan import BASELINE, Plan
 from flamingo_fast.bench.plot import import_pyplot, plot, plot_growth
 from flamingo_fast.bench.records import Measurement, read_csv, write_csv
@@ -42,7 +42,10 @@ class Table:
         )
         for index, header in enumerate(self.headers):
             number = index >= self.first_number
-            table.add_column(header, justify="right" if number else "left", no_wrap=number)
+            # Names that are too long are broken, for their ends tell variants apart.
+            table.add_column(
+                header, justify="right" if number else "left", no_wrap=number, overflow="fold"
+            )
         for index, row in enumerate(self.rows):
             following = self.rows[index + 1 : index + 2]
             table.add_row(*row, end_section=any(next_row[0] != row[0] for next_row in following))
@@ -170,7 +173,7 @@ def _range(m: Measurement) -> str:
 def show(results: Results) -> None:
     """Prints the tables, what is to be noted and what failed."""
     # Not a terminal: rich would fold the tables to 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(str(results.environment), highlight=False)
     for table in tables(results):
         console.print(table.rich())
@@ -198,14 +201,20 @@ def prepare(out: Path) -> None:
 def write(results: Results, out: Path) -> list[Path]:
     """Writes results.csv, where rows of other runs stay, and this run's report.md and plot.
 
-    The plot is report.png, or growth.png of a run against the number of images.
+    The plot is report.png; of a run against sizes growth.png of masked_cross_attention, and
+    growth_<variant>.png of its variants.
     """
-    draw, image = (plot_growth, "growth.png") if results.plan.growth else (plot, "report.png")
-    paths = [out / name for name in (CSV_NAME, "report.md", image)]
-    write_csv(paths[0], results.measurements, results.environment)
-    paths[1].write_text(_markdown(results), encoding="utf-8")
-    draw(results, paths[2])
-    return paths
+    csv, markdown = out / CSV_NAME, out / "report.md"
+    write_csv(csv, results.measurements, results.environment)
+    markdown.write_text(_markdown(results), encoding="utf-8")
+    if not results.plan.growth:
+        plot(results, out / "report.png")
+        return [csv, markdown, out / "report.png"]
+    images = []
+    for benchmark in results.plan.benchmarks:
+        images.append(out / f"growth{benchmark.name.removeprefix(attention.NAME)}.png")
+        plot_growth(results, benchmark.name, images[-1])
+    return [csv, markdown, *images]
 
 
 def _markdown(results: Results) -> str:

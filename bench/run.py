@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from flamingo_fast.bench.ceilings import Ceilings, measure_ceilings
 from flamingo_fast.bench.correctness import is_only_rounding, problems
 from flamingo_fast.bench.plan import BASELINE, Plan
 from flamingo_fast.bench.records import Environment, Measurement
-from flamingo_fast.bench.registry import Benchmark, Call, Case, Unavailable, shape_name
+from flamingo_fast.bench.registry import Benchmark, Call, Case, Function, Unavailable, shape_name
 from flamingo_fast.bench.timing import (
     Quantiles,
     Sampler,
@@ -69,9 +68,9 @@ def run(
 
 def _build(
     case: Case, mode: str, results: Results, only: Collection[str] = ()
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Function]:
     """The wanted providers' functions, baseline first; why others don't run goes to `results`."""
-    functions = {}
+    functions: dict[str, Function] = {}
     for provider in case.benchmark.providers:
         if only and provider.name not in only:
             continue
@@ -92,7 +91,7 @@ def _build(
 
 
 def _right_calls(
-    case: Case, functions: Mapping[str, Callable[..., Any]], mode: str, results: Results
+    case: Case, functions: Mapping[str, Function], mode: str, results: Results
 ) -> dict[str, Call]:
     """The calls that agree with the reference; none if the baseline is there and does not."""
     calls = {}
@@ -113,7 +112,12 @@ def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
         if not calls:
             continue
         work = case.work(mode)
-        samples = interleaved(calls, clock, budget_s=results.plan.budget_s)
+        samples = interleaved(
+            calls,
+            clock,
+            budget_s=results.plan.budget_s,
+            fewest_rounds=case.benchmark.fewest_rounds,
+        )
         for provider, seconds in samples.items():
             bandwidth = [work.bytes / 1e9 / second for second in seconds]
             metrics = {

@@ -11,6 +11,8 @@ import torch
 
 MIN_ROUNDS = 15
 MAX_ROUNDS = 200
+# What MIN_ROUNDS may take where fewer are allowed.
+_LONG_S = 10.0
 # More than the last-level cache of any GPU that Triton supports.
 _FLUSH_BYTES = 512 * 2**20
 
@@ -77,18 +79,24 @@ def device_clock(device: torch.device) -> Sampler:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], sample: Sampler, *, budget_s: float
+    calls: Mapping[str, Callable[[], object]],
+    sample: Sampler,
+    *,
+    budget_s: float,
+    fewest_rounds: int = MIN_ROUNDS,
 ) -> dict[str, list[float]]:
     """Samples of each call in seconds; the i-th of all calls are from the same round.
 
-    As many rounds as fit into `budget_s`, but at least MIN_ROUNDS and at most MAX_ROUNDS, each
-    in a new order, after one that warms up. Compilation must be over.
+    As many rounds as fit into `budget_s`, but at least MIN_ROUNDS (as far as these fit into 10 s,
+    but always `fewest_rounds`) and at most MAX_ROUNDS, each in a new order, after one that warms
+    up. Compilation must be over.
     """
     start = time.perf_counter()
     for call in calls.values():
         sample(call)
     round_s = time.perf_counter() - start
     rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
+    rounds = max(min(rounds, int(_LONG_S / round_s)), fewest_rounds)
     order = list(calls)
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in calls}

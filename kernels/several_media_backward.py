@@ -12,15 +12,17 @@ import triton.language as tl
 from flamingo_fast.kernels.launch import launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
-from flamingo_fast.kernels.several_media_config import dkv_config, dq_config
+from flamingo_fast.kernels.several_media_config import dkv_config, dq_config, tiles_cross_media
 from flamingo_fast.kernels.several_media_masks import (
+    first_tile,
     load_intervals,
     load_sample,
-    load_tile_medium,
     load_word,
     media_of_block,
     next_tile,
     num_valid_keys,
+    rows_and_keys,
+    tile_columns,
 )
 
 
@@ -65,6 +67,7 @@ def _several_media_dq_kernel(
     GROUP: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CROSS_MEDIA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,7 +77,6 @@ def _several_media_dq_kernel(
     sample = tl.program_id(0) // num_kv_heads % batch
     block = tl.cdiv(seqlen * GROUP, BLOCK_M) - 1 - tl.program_id(0) // num_kv_heads // batch
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < seqlen * GROUP
     mask_d = offs_d < HEAD_DIM
@@ -123,43 +125,59 @@ def _several_media_dq_kernel(
                 num_media - word * 64,
                 0,
                 all_keys,
+                CROSS_MEDIA,
                 NUM_KEYS,
                 NUM_KEYS,
                 BLOCK_N,
             )
-            key = 0
+            tile = first_tile(media, CROSS_MEDIA, NUM_KEYS, BLOCK_N)
             for _ in tl.range(0, num_tiles, num_stages=NUM_STAGES):
-                bit, medium, keys = load_tile_medium(
-                    MEDIA_SEQLENS, media, word_medium, media_total, 0, all_keys, NUM_KEYS, NUM_KEYS
+                bit, medium, key, mask_n, keys = tile_columns(
+                    MEDIA_SEQLENS,
+                    media,
+                    tile,
+                    word_medium,
+                    media_total,
+                    0,
+                    all_keys,
+                    CROSS_MEDIA,
+                    NUM_KEYS,
+                    NUM_KEYS,
+                    BLOCK_N,
                 )
-                mask_n = key + offs_n < keys
-                k_keys = medium.to(tl.int64) * stride_k_medium
-                k_keys += (key + offs_n).to(tl.int64) * stride_k_key
-                v_keys = medium.to(tl.int64) * stride_v_medium
-                v_keys += (key + offs_n).to(tl.int64) * stride_v_key
+                k_keys = medium.to(tl.int64) * stride_k_medium + key.to(tl.int64) * stride_k_key
+                v_keys = medium.to(tl.int64) * stride_v_medium + key.to(tl.int64) * stride_v_key
                 mask_kv = mask_n[:, None] & mask_d[None, :]
                 k = tl.load(k_head[None, :] + k_keys[:, None], mask=mask_kv, other=0.0)
                 v = tl.load(v_head[None, :] + v_keys[:, None], mask=mask_kv, other=0.0)
                 scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * qk_scale
-                attends = ((attended >> bit.to(tl.int64)) & 1) != 0
+                attends, allowed = rows_and_keys(
+                    MEDIA_SEQLENS,
+                    attended,
+                    bit,
+                    medium,
+                    key,
+                    mask_n,
+                    is_dense,
+                    CROSS_MEDIA,
+                    DENSE,
+                    NUM_KEYS,
+                )
                 if Q.dtype.element_ty == tl.float32:
                     scores -= maximum[:, None]
                 p = tl.exp2(scores - tl.where(attends, lse, float("inf"))[:, None])
-                if MEDIA_SEQLENS is not None and DENSE:
-                    valid = num_valid_keys(MEDIA_SEQLENS, medium, True, is_dense, NUM_KEYS)
-                    p = tl.where(key + offs_n[None, :] < valid[:, None], p, 0.0)
-                elif MEDIA_SEQLENS is not None or NUM_KEYS % BLOCK_N != 0:
+                if MEDIA_SEQLENS is not None or NUM_KEYS % BLOCK_N != 0:
                     # That of a key of zeros may be infinite.
-                    p = tl.where(mask_n[None, :], p, 0.0)
+                    p = tl.where(allowed, p, 0.0)
                 dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
                 ds = (p * (dp - delta[:, None])).to(k.dtype)
                 dq = tl.dot(ds, k, dq, input_precision=INPUT_PRECISION)
-                media, key = next_tile(media, key, keys, BLOCK_N)
+                media, tile = next_tile(media, tile, keys, CROSS_MEDIA, NUM_KEYS, BLOCK_N)
         dq *= softmax_scale
         tl.store(DQ + out_rows[:, None] + offs_d[None, :], dq.to(DQ.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["media_total", "seqlen", "batch", "num_words"])
+@triton.jit(do_not_specialize=["media_total", "seqlen", "batch", "num_words", "tiles_per_sample"])
 def _several_media_dkv_kernel(
     DOUT,
     Q,
@@ -180,6 +198,7 @@ def _several_media_dkv_kernel(
     seqlen,
     batch,
     num_words,
+    tiles_per_sample,
     num_kv_heads,
     stride_dout_batch,
     stride_dout_seqlen,
@@ -202,44 +221,72 @@ def _several_media_dkv_kernel(
     GROUP: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CROSS_MEDIA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (NUM_KEYS + BLOCK_N - 1) // BLOCK_N
     kv_head = tl.program_id(0) % num_kv_heads
-    first_key = tl.program_id(0) // num_kv_heads % BLOCKS * BLOCK_N
-    medium = tl.program_id(0) // num_kv_heads // BLOCKS
-    begin = tl.minimum(tl.maximum(tl.load(MEDIA_ROWS + medium * 2), 0), batch * seqlen)
-    end = tl.load(MEDIA_ROWS + medium * 2 + 1)
-    sample = tl.minimum(begin // seqlen, batch - 1)
-    first_medium, num_media = load_sample(CU_MEDIA, sample, media_total)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    if CROSS_MEDIA:
+        # Tiles of a sample's keys, a word of 64 media after the other.
+        tile = tl.program_id(0) // num_kv_heads % tiles_per_sample
+        sample = tl.program_id(0) // num_kv_heads // tiles_per_sample
+        first_medium, num_media = load_sample(CU_MEDIA, sample, media_total)
+        # All media are some sample's, whatever the layout holds.
+        written = tl.where(sample == batch - 1, media_total - first_medium, num_media)
+        TILES_PER_WORD: tl.constexpr = (64 * NUM_KEYS + BLOCK_N - 1) // BLOCK_N
+        word = tile // TILES_PER_WORD
+        column = tile % TILES_PER_WORD * BLOCK_N + offs_n
+        bit = column // NUM_KEYS
+        key = column - bit * NUM_KEYS
+        mask_n = (bit < 64) & (word * 64 + bit < written)
+        exists = mask_n
+        medium = tl.minimum(first_medium + word * 64 + bit, media_total - 1)
+        bit = tl.minimum(bit, 63)
+        begin = tl.load(MEDIA_ROWS + medium * 2, mask=mask_n, other=0)
+        end = tl.load(MEDIA_ROWS + medium * 2 + 1, mask=mask_n, other=0)
+        attended_n = mask_n & (begin < end)
+        begin = tl.min(tl.where(attended_n, begin, batch * seqlen), 0)
+        end = tl.max(tl.where(attended_n, end, 0), 0)
+    else:
+        BLOCKS: tl.constexpr = (NUM_KEYS + BLOCK_N - 1) // BLOCK_N
+        key = tl.program_id(0) // num_kv_heads % BLOCKS * BLOCK_N + offs_n
+        exists = True
+        mask_n = key < NUM_KEYS
+        medium = tl.program_id(0) // num_kv_heads // BLOCKS
+        begin = tl.load(MEDIA_ROWS + medium * 2)
+        end = tl.load(MEDIA_ROWS + medium * 2 + 1)
+        attended_n = key < tl.where(begin < end, NUM_KEYS, 0)
+        sample = tl.minimum(tl.maximum(begin, 0) // seqlen, batch - 1)
+        first_medium, num_media = load_sample(CU_MEDIA, sample, media_total)
+        word = (medium - first_medium) // 64
+        bit = (medium - first_medium) % 64
     # Of the sample's own tokens.
-    begin -= sample * seqlen
+    begin = tl.maximum(begin - sample * seqlen, 0)
     end = tl.minimum(end - sample * seqlen, seqlen)
+    valid_n = mask_n
+    if MEDIA_SEQLENS is not None:
+        valid_n &= key < num_valid_keys(MEDIA_SEQLENS, medium, exists, False, NUM_KEYS)
+    loaded_n = valid_n & attended_n
     if DENSE:
         begin = 0
         end = seqlen
-    offs_n = first_key + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-    valid = NUM_KEYS
-    if MEDIA_SEQLENS is not None:
-        valid = num_valid_keys(MEDIA_SEQLENS, medium, True, False, NUM_KEYS)
-    loaded = NUM_KEYS if DENSE else tl.where(begin < end, valid, 0)
-    # All rows of a block of keys without a valid one have no gradient.
-    end = tl.where(first_key < loaded, end, begin)
-    mask_kv = (offs_n < loaded)[:, None] & mask_d[None, :]
-    k_keys = K + medium.to(tl.int64) * stride_k_medium + kv_head.to(tl.int64) * stride_k_head
-    v_keys = V + medium.to(tl.int64) * stride_v_medium + kv_head.to(tl.int64) * stride_v_head
-    k_keys += offs_n.to(tl.int64)[:, None] * stride_k_key + offs_d[None, :]
-    v_keys += offs_n.to(tl.int64)[:, None] * stride_v_key + offs_d[None, :]
-    k = tl.load(k_keys, mask=mask_kv, other=0.0)
-    v = tl.load(v_keys, mask=mask_kv, other=0.0)
+        loaded_n = mask_n
+    # All rows of a block of keys without one that is attended to have no gradient.
+    end = tl.where(tl.max(loaded_n.to(tl.int32), 0) > 0, end, begin)
+    mask_kv = loaded_n[:, None] & mask_d[None, :]
+    k_keys = medium.to(tl.int64) * stride_k_medium + key.to(tl.int64) * stride_k_key
+    v_keys = medium.to(tl.int64) * stride_v_medium + key.to(tl.int64) * stride_v_key
+    k_head = K + kv_head.to(tl.int64) * stride_k_head + offs_d
+    v_head = V + kv_head.to(tl.int64) * stride_v_head + offs_d
+    k = tl.load(k_head[None, :] + k_keys[:, None], mask=mask_kv, other=0.0)
+    v = tl.load(v_head[None, :] + v_keys[:, None], mask=mask_kv, other=0.0)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    of_sample = medium - first_medium
     packed_base = (kv_head.to(tl.int64) * batch + sample) * seqlen * GROUP
     q_base = Q + sample.to(tl.int64) * stride_q_batch + offs_d
     dout_base = DOUT + sample.to(tl.int64) * stride_dout_batch + offs_d
@@ -258,17 +305,8 @@ def _several_media_dkv_kernel(
             MEDIA_START, MEDIA_END, rows, mask_m, num_media, DENSE
         )
         attended = load_word(
-            MEDIA_BITS,
-            rows,
-            mask_m,
-            row_start,
-            row_end,
-            is_dense,
-            of_sample // 64,
-            num_words,
-            DENSE,
+            MEDIA_BITS, rows, mask_m, row_start, row_end, is_dense, word, num_words, DENSE
         )
-        attends = ((attended >> (of_sample % 64).to(tl.int64)) & 1) != 0
         lse = tl.load(LSE + packed_base + offs_m, mask=mask_m, other=float("inf"))
         delta = tl.load(DELTA + packed_base + offs_m, mask=mask_m, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * qk_scale
@@ -276,20 +314,26 @@ def _several_media_dkv_kernel(
             num_packed_rows = num_kv_heads.to(tl.int64) * batch * seqlen * GROUP
             maxima = LSE + num_packed_rows + packed_base + offs_m
             scores -= tl.load(maxima, mask=mask_m, other=0.0)[None, :]
-        p = tl.exp2(scores - tl.where(attends, lse, float("inf"))[None, :])
+        if CROSS_MEDIA:
+            attends = ((attended[None, :] >> bit[:, None].to(tl.int64)) & 1) != 0
+            p = tl.where(attends, tl.exp2(scores - lse[None, :]), 0.0)
+        else:
+            attends = ((attended >> bit.to(tl.int64)) & 1) != 0
+            p = tl.exp2(scores - tl.where(attends, lse, float("inf"))[None, :])
         if MEDIA_SEQLENS is not None and DENSE:
-            p = tl.where((offs_n < valid)[:, None] | is_dense[None, :], p, 0.0)
+            p = tl.where(valid_n[:, None] | is_dense[None, :], p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=INPUT_PRECISION)
     dk *= softmax_scale
     # What is not loaded is a key of zeros, and gets anything.
-    dk = tl.where((offs_n < loaded)[:, None], dk, 0.0)
-    dv = tl.where((offs_n < loaded)[:, None], dv, 0.0)
-    mask = (offs_n < NUM_KEYS)[:, None] & mask_d[None, :]
-    dkv = DKV + medium.to(tl.int64) * stride_dkv_medium + kv_head.to(tl.int64) * stride_dkv_head
-    dkv += offs_n.to(tl.int64)[:, None] * stride_dkv_key + offs_d[None, :]
+    dk = tl.where(loaded_n[:, None], dk, 0.0)
+    dv = tl.where(loaded_n[:, None], dv, 0.0)
+    mask = mask_n[:, None] & mask_d[None, :]
+    dkv_keys = medium.to(tl.int64) * stride_dkv_medium + key.to(tl.int64) * stride_dkv_key
+    dkv_head = DKV + kv_head.to(tl.int64) * stride_dkv_head + offs_d
+    dkv = dkv_head[None, :] + dkv_keys[:, None]
     tl.store(dkv, dk.to(DKV.dtype.element_ty), mask=mask)
     tl.store(dkv + stride_dkv_which, dv.to(DKV.dtype.element_ty), mask=mask)
 
@@ -307,6 +351,7 @@ def several_media_bwd(
     media_rows: torch.Tensor,
     cu_media: torch.Tensor,
     media_seqlens: torch.Tensor | None,
+    max_media: int,
     dense: bool,
     softmax_scale: float,
     dq: torch.Tensor,
@@ -337,7 +382,6 @@ def several_media_bwd(
         seqlen,
         batch,
         0 if media_bits is None else media_bits.shape[2],
-        kv_heads,
     )
     strides = [stride for tensor in (dout, q, k, v) for stride in tensor.stride()[:3]]
     shared = dict(
@@ -361,9 +405,11 @@ def several_media_bwd(
         *masks,
         dq,
         *sizes,
+        kv_heads,
         *strides,
         NEED_DQ=dq.numel() > 0,
         NEED_DKV=need_dkv,
+        CROSS_MEDIA=tiles_cross_media(num_keys, config.BLOCK_N),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_D=config.BLOCK_D,
@@ -375,9 +421,17 @@ def several_media_bwd(
     if not need_dkv:
         return
     config = dkv_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
+    cross_media = tiles_cross_media(num_keys, config.BLOCK_N)
+    tiles = media_total * triton.cdiv(num_keys, config.BLOCK_N)
+    tiles_per_sample = 0
+    if cross_media:
+        words, rest = divmod(max_media, 64)
+        tiles_per_sample = words * triton.cdiv(64 * num_keys, config.BLOCK_N)
+        tiles_per_sample += triton.cdiv(rest * num_keys, config.BLOCK_N)
+        tiles = batch * tiles_per_sample
     launch(
         _several_media_dkv_kernel,
-        (media_total * triton.cdiv(num_keys, config.BLOCK_N) * kv_heads,),
+        (tiles * kv_heads,),
         dout,
         q,
         k,
@@ -388,8 +442,11 @@ def several_media_bwd(
         media_rows,
         dkv,
         *sizes,
+        tiles_per_sample,
+        kv_heads,
         *strides,
         *dkv.stride()[:4],
+        CROSS_MEDIA=cross_media,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_D=config.BLOCK_D,

@@ -7,8 +7,9 @@ import triton
 
 from flamingo_fast.kernels.launch import Target
 
-# Keys of a split. Beside reading them, writing and reading the sums of a split of 16 rows is 3 %.
-_SPLIT_KEYS = 1024
+# Keys of a split, at least. A program also reads its queries again, and writes the sums that are
+# then read: beside reading so many keys for its rows that is at most a sixth.
+_SPLIT_KEYS, _SPLIT_KEYS_OF_A_ROW = 1024, 16
 
 # Programs of a sample from which on its keys are not split.
 _ENOUGH_PROGRAMS = 64
@@ -35,15 +36,21 @@ class KeySplits:
     count: int
 
 
-def key_splits(programs_per_sample: int, num_keys: int, max_media: int) -> KeySplits:
+def key_splits(programs_per_sample: int, block_m: int, num_keys: int, max_media: int) -> KeySplits:
     """Where a split begins follows from num_keys alone; more media add splits, and change none.
 
     So a row's bits depend neither on the batch nor on how many media its other samples have.
     """
     if programs_per_sample >= _ENOUGH_PROGRAMS:
         return KeySplits(media=1, keys=num_keys, count=1)
-    media, keys = max(_SPLIT_KEYS // num_keys, 1), min(_SPLIT_KEYS, num_keys)
+    split_keys = max(_SPLIT_KEYS, _SPLIT_KEYS_OF_A_ROW * block_m)
+    media, keys = max(split_keys // num_keys, 1), min(split_keys, num_keys)
     return KeySplits(media, keys, triton.cdiv(max_media, media) * triton.cdiv(num_keys, keys))
+
+
+def tiles_cross_media(num_keys: int, block_n: int) -> bool:
+    """Whether tiles of keys cross media, since tiles of one medium would be less than 4/5 full."""
+    return num_keys % block_n != 0 and num_keys < 4 * block_n
 
 
 def _block(size: int, most: int) -> int:
@@ -55,19 +62,23 @@ def forward_config(
 ) -> SeveralMediaConfig:
     block_d = _block(head_dim, 256)
     if dtype == torch.float32:
-        block_m, block_n = _block(rows_per_sample, 32), _block(num_keys, 32)
-        return SeveralMediaConfig(block_m, block_n, block_d, num_warps=8, num_stages=1)
+        return _fp32_config(rows_per_sample, block_d)
     block_m = _block(rows_per_sample, 128 if block_d <= 128 else 64)
-    block_n = _block(num_keys, 64 if block_d <= 128 else 32)
-    num_warps = 8 if block_m * block_d > 64 * 128 else 4
-    num_stages = 1 if target.arch == "gfx942" else 2
-    return SeveralMediaConfig(block_m, block_n, block_d, num_warps, num_stages)
+    # 64 keys beside 128 rows of 128 numbers spill but where accumulators serve four warps at once.
+    wide = block_d <= 64 or (block_d <= 128 and target.arch == "sm_90") or block_m == 16
+    return _tuned_config(block_m, 64 if wide else 32, block_d, num_keys, target)
 
 
 def dq_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:
-    return forward_config(rows_per_sample, num_keys, head_dim, dtype, target)
+    block_d = _block(head_dim, 256)
+    if dtype == torch.float32:
+        return _fp32_config(rows_per_sample, block_d)
+    wide = block_d <= 64 or (block_d <= 128 and target.arch in ("sm_90", "sm_100"))
+    return _tuned_config(
+        _block(rows_per_sample, 128 if wide else 64), 32, block_d, num_keys, target
+    )
 
 
 def dkv_config(
@@ -75,10 +86,29 @@ def dkv_config(
 ) -> SeveralMediaConfig:
     block_d = _block(head_dim, 256)
     if dtype == torch.float32:
-        block_m, block_n = _block(rows_per_sample, 16), _block(num_keys, 32)
-        return SeveralMediaConfig(block_m, block_n, block_d, num_warps=8, num_stages=1)
-    block_m = _block(rows_per_sample, 64 if block_d <= 64 else 32)
-    block_n = _block(num_keys, 64)
-    num_warps = 8 if block_n * block_d > 64 * 64 else 4
-    num_stages = 1 if target.arch == "gfx942" else 2
-    return SeveralMediaConfig(block_m, block_n, block_d, num_warps, num_stages)
+        return _fp32_config(16, block_d)
+    block_m = _block(rows_per_sample, 16 if target.arch == "gfx942" else 32)
+    return _tuned_config(block_m, 64 if block_d <= 128 else 32, block_d, num_keys, target)
+
+
+def _tuned_config(
+    block_m: int, block_n: int, block_d: int, num_keys: int, target: Target
+) -> SeveralMediaConfig:
+    cross_media = tiles_cross_media(num_keys, block_n)
+    if cross_media:
+        block_n = 32
+    one_stage = target.arch == "gfx942" or block_d > 128 or (cross_media and block_d > 64)
+    return SeveralMediaConfig(
+        block_m,
+        block_n,
+        block_d,
+        num_warps=4 if block_m == 16 and target.arch != "gfx942" else 8,
+        num_stages=1 if one_stage else 2,
+        max_registers=255,
+    )
+
+
+def _fp32_config(rows_per_sample: int, block_d: int) -> SeveralMediaConfig:
+    block_m = _block(rows_per_sample, 32 if block_d <= 64 else 16)
+    block_n = 32 if block_d <= 128 else 16
+    return SeveralMediaConfig(block_m, block_n, block_d, num_warps=8, num_stages=1)

@@ -14,15 +14,20 @@ import triton.language as tl
 from flamingo_fast.kernels.launch import launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
-from flamingo_fast.kernels.several_media_config import forward_config, key_splits
+from flamingo_fast.kernels.several_media_config import (
+    forward_config,
+    key_splits,
+    tiles_cross_media,
+)
 from flamingo_fast.kernels.several_media_masks import (
+    first_tile,
     load_intervals,
     load_sample,
-    load_tile_medium,
     load_word,
     media_of_block,
     next_tile,
-    num_valid_keys,
+    rows_and_keys,
+    tile_columns,
 )
 
 
@@ -64,6 +69,7 @@ def _several_media_fwd_kernel(
     GROUP: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CROSS_MEDIA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,7 +80,6 @@ def _several_media_fwd_kernel(
     sample = tl.program_id(0) // num_kv_heads % batch
     block = tl.cdiv(seqlen * GROUP, BLOCK_M) - 1 - tl.program_id(0) // num_kv_heads // batch
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < seqlen * GROUP
     mask_d = offs_d < HEAD_DIM
@@ -114,42 +119,46 @@ def _several_media_fwd_kernel(
             num_media - word * 64,
             first_key,
             all_keys,
+            CROSS_MEDIA,
             SPLIT_KEYS,
             NUM_KEYS,
             BLOCK_N,
         )
-        key = 0
+        tile = first_tile(media, CROSS_MEDIA, NUM_KEYS, BLOCK_N)
         for _ in tl.range(0, num_tiles, num_stages=NUM_STAGES):
-            bit, medium, keys = load_tile_medium(
+            bit, medium, key, mask_n, keys = tile_columns(
                 MEDIA_SEQLENS,
                 media,
+                tile,
                 word_medium,
                 media_total,
                 first_key,
                 all_keys,
+                CROSS_MEDIA,
                 SPLIT_KEYS,
                 NUM_KEYS,
+                BLOCK_N,
             )
-            mask_n = key + offs_n < keys
-            k_keys = medium.to(tl.int64) * stride_k_medium
-            k_keys += (first_key + key + offs_n).to(tl.int64) * stride_k_key
-            v_keys = medium.to(tl.int64) * stride_v_medium
-            v_keys += (first_key + key + offs_n).to(tl.int64) * stride_v_key
+            k_keys = medium.to(tl.int64) * stride_k_medium + key.to(tl.int64) * stride_k_key
+            v_keys = medium.to(tl.int64) * stride_v_medium + key.to(tl.int64) * stride_v_key
             mask_kv = mask_n[:, None] & mask_d[None, :]
             k = tl.load(k_head[None, :] + k_keys[:, None], mask=mask_kv, other=0.0)
             v = tl.load(v_head[None, :] + v_keys[:, None], mask=mask_kv, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-            if MEDIA_SEQLENS is not None and DENSE:
-                valid = num_valid_keys(MEDIA_SEQLENS, medium, True, is_dense, NUM_KEYS)
-                valid -= first_key
-                allowed = mask_n[None, :] & (key + offs_n[None, :] < valid[:, None])
+            attends, allowed = rows_and_keys(
+                MEDIA_SEQLENS,
+                attended,
+                bit,
+                medium,
+                key,
+                mask_n,
+                is_dense,
+                CROSS_MEDIA,
+                DENSE,
+                NUM_KEYS,
+            )
+            if MEDIA_SEQLENS is not None or NUM_KEYS % BLOCK_N != 0:
                 scores = tl.where(allowed, scores, float("-inf"))
-            elif MEDIA_SEQLENS is not None or NUM_KEYS % BLOCK_N != 0:
-                scores = tl.where(mask_n[None, :], scores, float("-inf"))
-            attends = ((attended >> bit.to(tl.int64)) & 1) != 0
-            if MEDIA_SEQLENS is not None and DENSE:
-                # A block that has dense rows walks keys that are none to its others.
-                attends &= key < valid
             largest = tl.maximum(maximum, tl.max(scores, 1) * qk_scale)
             largest = tl.where(attends, largest, maximum)
             p = tl.exp2(scores * qk_scale - tl.where(attends, largest, float("inf"))[:, None])
@@ -157,7 +166,7 @@ def _several_media_fwd_kernel(
             maximum = largest
             total = total * alpha + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
-            media, key = next_tile(media, key, keys, BLOCK_N)
+            media, tile = next_tile(media, tile, keys, CROSS_MEDIA, NUM_KEYS, BLOCK_N)
     packed_rows = (kv_head.to(tl.int64) * batch + sample) * seqlen * GROUP + offs_m
     if SPLIT:
         packed_rows += tl.program_id(1).to(tl.int64) * num_kv_heads * batch * seqlen * GROUP
@@ -305,7 +314,7 @@ def several_media_fwd(
     lse = q.new_empty(lse_shape(q, kv_heads) if need_lse else (0,), dtype=torch.float32)
     config = forward_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
     blocks = triton.cdiv(seqlen * group, config.BLOCK_M)
-    splits = key_splits(blocks * kv_heads, num_keys, max_media)
+    splits = key_splits(blocks * kv_heads, config.BLOCK_M, num_keys, max_media)
     partial_shape = (splits.count, kv_heads, batch, seqlen, group)
     accs, maxima, sums = out, out, out
     if splits.count > 1:
@@ -344,6 +353,7 @@ def several_media_fwd(
         GROUP=group,
         NUM_KEYS=num_keys,
         HEAD_DIM=head_dim,
+        CROSS_MEDIA=tiles_cross_media(num_keys, config.BLOCK_N),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_D=config.BLOCK_D,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import random
 
+import pytest
 import torch
 
 import flamingo_fast as ff
@@ -12,6 +13,27 @@ from flamingo_fast.layout import MediaLayout
 from flamingo_fast.testing import eager
 from flamingo_fast.testing.compare import Comparison, assert_close_to_oracle, outputs_and_gradients
 from flamingo_fast.testing.inputs import random_tensor
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+HEAD_DIMS = [(16, BF16), (40, FP16), (64, torch.float32), (80, BF16)]
+HEAD_DIMS += [(96, torch.float32), (128, FP16), (256, BF16)]
+
+# Of q, k, v and the gradient of the output.
+MEMORY_LAYOUTS = [
+    {"q_layout": "sliced"},
+    {"q_layout": "padded", "kv_layout": "sliced"},
+    {"q_layout": "transposed", "dout_layout": "transposed"},
+    {"kv_layout": "transposed"},
+    {"kv_layout": "padded", "dense_kv": True},
+    {"kv_layout": "stepped", "q_layout": "stepped"},
+    {"kv_layout": "projection", "dout_layout": "padded"},
+    {"kv_layout": "projection", "dense_kv": True, "heads": 4, "kv_heads": 2},
+    {"dout_layout": "expanded", "q_layout": "expanded"},
+]
+
+impls = pytest.mark.parametrize("impl", ["torch", "triton", "sdpa"])
+fast_impls = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +208,10 @@ class AttentionCase:
         return function
 
 
+def cases(named: dict[str, AttentionCase]):
+    return pytest.mark.parametrize("case", named.values(), ids=named.keys())
+
+
 def run(function, case: AttentionCase, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """out, dq, dk and dv of a function of q, k and v."""
     return outputs_and_gradients(function, case.inputs(), ("out",), (case.dout(),), dtype)
@@ -222,3 +248,22 @@ def assert_bits_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Te
         torch.testing.assert_close(
             got[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=name
         )
+
+
+def run_on(
+    case: AttentionCase,
+    impl: str,
+    inputs: dict[str, torch.Tensor],
+    dout: torch.Tensor | None = None,
+    layout: MediaLayout | None = None,
+) -> dict[str, torch.Tensor]:
+    """As `run`, of other inputs and another gradient of the output than the case's own."""
+    dout = case.dout() if dout is None else dout
+    return outputs_and_gradients(case.call(impl, layout), inputs, ("out",), (dout,))
+
+
+def with_nan(tensor: torch.Tensor, *index) -> torch.Tensor:
+    """A copy with NaN at tensor[index]."""
+    changed = tensor.detach().clone()
+    changed[index] = float("nan")
+    return changed.requires_grad_(tensor.requires_grad)

@@ -1,35 +1,38 @@
 """What masked_cross_attention and MediaLayout promise beside the values."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import pickle
 
 import pytest
 import torch
 import torch._inductor.config
+from attention_contract import (
+    BF16,
+    HostSyncError,
+    assert_equal,
+    inputs_of,
+    peak_bytes,
+    run_layout,
+    run_on_meta,
+    use_real_launchers,
+    with_checkpoint,
+)
+from attention_contract import no_host_sync as _no_host_sync
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.utils import _apply_to_tensors, _to_kwargs
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import flamingo_fast as ff
 from flamingo_fast.bench.registry import Unavailable, require_cpp
-from flamingo_fast.kernels.launch import Target, recording
 from flamingo_fast.layout import ATTEND
+from flamingo_fast.ops import one_medium_attention
 from flamingo_fast.testing.compare import outputs_and_gradients
 from flamingo_fast.testing.guard import guard
 from flamingo_fast.testing.inputs import random_tensor
 
-# `flamingo_fast.ops.masked_cross_attention` is a function to whoever imports it from the package.
-attention = importlib.import_module("flamingo_fast.ops.masked_cross_attention")
-
-BF16 = torch.bfloat16
 every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
 frozen_or_not = pytest.mark.parametrize(
     "frozen", [(), ("k", "v"), ("q",), ("q", "v")], ids=lambda names: "".join(names) or "none"
@@ -65,36 +68,6 @@ LAYOUTS = {"whole": _layout, "media_seqlens": _with_seqlens, "split": _split}
 every_layout = pytest.mark.parametrize("make_layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
-def _inputs(layout, dtype=BF16, frozen=(), num_keys=8, device="cpu") -> dict[str, torch.Tensor]:
-    """Four query heads, two key/value heads, a head dim of 16."""
-    media_shape = (layout.media_total, num_keys, 2, 16)
-    shapes = {"q": (*layout.media_start.shape, 4, 16), "k": media_shape, "v": media_shape}
-    return {
-        name: random_tensor(shape, dtype, seed=seed).to(device).requires_grad_(name not in frozen)
-        for seed, (name, shape) in enumerate(shapes.items())
-    }
-
-
-def _run(layout, impl, dtype=BF16, frozen=(), wrap=lambda function: function, **options):
-    """The output and the gradients; `wrap` gets a function of q, k, v and the layout."""
-    function = wrap(functools.partial(ff.masked_cross_attention, impl=impl, **options))
-    inputs = _inputs(layout, dtype, frozen)
-    dout = random_tensor(tuple(inputs["q"].shape), torch.float64, seed=9)
-    return outputs_and_gradients(
-        lambda q, k, v: function(q, k, v, layout), inputs, ("out",), [dout]
-    )
-
-
-def _assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
-
-
-def _checkpointed(function):
-    return lambda *arguments: checkpoint(function, *arguments, use_reentrant=False)
-
-
 @pytest.mark.parametrize("layout_inside", [False, True], ids=["layout_given", "layout_built"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @every_impl
@@ -103,7 +76,7 @@ def test_compile_fullgraph(impl, checkpointed, layout_inside, guarded):
     locations = _locations()
 
     def wrap(function):
-        attend = _checkpointed(function) if checkpointed else function
+        attend = with_checkpoint(function) if checkpointed else function
 
         def with_layout(q, k, v, layout):
             if layout_inside:
@@ -115,8 +88,8 @@ def test_compile_fullgraph(impl, checkpointed, layout_inside, guarded):
         torch._dynamo.reset()
         return torch.compile(with_layout, fullgraph=True, backend="aot_eager")
 
-    compiled = _run(layout, impl, wrap=wrap, past_last="uniform")
-    _assert_equal(compiled, _run(layout, impl, past_last="uniform"))
+    compiled = run_layout(layout, impl, wrap=wrap, past_last="uniform")
+    assert_equal(compiled, run_layout(layout, impl, past_last="uniform"))
 
 
 def test_compile_with_inductor():
@@ -131,7 +104,7 @@ def test_compile_with_inductor():
         layout = ff.MediaLayout.from_media_locations(locations, 2)
         return torch.relu(ff.masked_cross_attention(q, k, v, layout, impl="triton"))
 
-    inputs = _inputs(_layout(), torch.float32)
+    inputs = inputs_of(_layout(), torch.float32)
     run = functools.partial(
         outputs_and_gradients,
         inputs=inputs,
@@ -160,10 +133,10 @@ def test_fake_tensors_have_the_real_metadata(impl, make_layout, frozen):
         )
         return [out, *gradients]
 
-    real = run(_inputs(layout, frozen=frozen), layout)
+    real = run(inputs_of(layout, frozen=frozen), layout)
     mode = FakeTensorMode()
     fake_inputs = {
-        name: mode.from_tensor(tensor) for name, tensor in _inputs(layout, frozen=frozen).items()
+        name: mode.from_tensor(tensor) for name, tensor in inputs_of(layout, frozen=frozen).items()
     }
     fake_layout = pytree.tree_map_only(torch.Tensor, mode.from_tensor, layout)
     with mode:
@@ -177,7 +150,7 @@ def test_fake_tensors_have_the_real_metadata(impl, make_layout, frozen):
 def test_gradients_of_halves_of_one_projection_are_halves_too():
     """Halves of one memory, in the projection's order."""
     layout = _layout()
-    q, _, _ = _inputs(layout, torch.float32).values()
+    q, _, _ = inputs_of(layout, torch.float32).values()
     projected = random_tensor((4, 8, 2, 2, 16), seed=5)
     k, v = (half.requires_grad_() for half in projected.unbind(2))
     for impl in ("torch", "triton"):
@@ -192,24 +165,24 @@ def test_a_layout_serves_inference_mode_and_then_training(impl, guarded):
     layout, fresh = _with_seqlens(), _with_seqlens()
     with torch.inference_mode():
         served = ff.masked_cross_attention(
-            **_inputs(layout), layout=layout, past_last="uniform", impl=impl
+            **inputs_of(layout), layout=layout, past_last="uniform", impl=impl
         )
-    trained = _run(layout, impl, past_last="uniform")
+    trained = run_layout(layout, impl, past_last="uniform")
     assert torch.equal(served, trained["out"])
-    _assert_equal(trained, _run(fresh, impl, past_last="uniform"))
+    assert_equal(trained, run_layout(fresh, impl, past_last="uniform"))
 
 
 @every_layout
 @every_impl
 def test_activation_checkpointing(impl, make_layout, guarded):
     layout = make_layout()
-    _assert_equal(_run(layout, impl, wrap=_checkpointed), _run(layout, impl))
+    assert_equal(run_layout(layout, impl, wrap=with_checkpoint), run_layout(layout, impl))
 
 
 @every_impl
 def test_double_backward_raises(impl):
     layout = _layout()
-    inputs = _inputs(layout)
+    inputs = inputs_of(layout)
     out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
     (dq,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -227,14 +200,14 @@ def test_autocast_changes_no_bit(impl, dtype, choice):
 
         return under_autocast
 
-    run = functools.partial(_run, _layout(), impl, dtype, unattended=choice, past_last=choice)
-    _assert_equal(run(wrap=wrap), run())
+    run = functools.partial(run_layout, _layout(), impl, dtype, unattended=choice, past_last=choice)
+    assert_equal(run(wrap=wrap), run())
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
 def test_autocast_keeps_the_dtype_of_other_implementations(impl):
     layout = _layout()
-    inputs = _inputs(layout, torch.float32)
+    inputs = inputs_of(layout, torch.float32)
     with torch.autocast("cpu", BF16):
         out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
     assert out.dtype == torch.float32
@@ -248,15 +221,15 @@ def test_program_order_and_repetition_change_no_bit(make_layout):
     runs = []
     for seed in (0, 1, 2, 2):
         with guard(shuffle_seed=seed):
-            runs.append(_run(layout, "triton", past_last="uniform"))
+            runs.append(run_layout(layout, "triton", past_last="uniform"))
     for run in runs[1:]:
-        _assert_equal(run, runs[0])
+        assert_equal(run, runs[0])
 
 
 @every_layout
 def test_repetition_changes_no_bit_on_a_cpu(make_layout):
     layout = make_layout()
-    _assert_equal(_run(layout, "torch"), _run(layout, "torch"))
+    assert_equal(run_layout(layout, "torch"), run_layout(layout, "torch"))
 
 
 BATCH = ((4,), (1, 9, 10, 20, 33))
@@ -269,7 +242,7 @@ def test_a_sample_does_not_depend_on_the_batch(sample, dtype, impl, guarded):
     counts = [len(positions) for positions in BATCH]
     together = _layout(counts, images=BATCH, seqlen=40)
     alone = _layout(counts[sample], images=BATCH[sample : sample + 1], seqlen=40)
-    q, k, v = (tensor.detach().to(dtype) for tensor in _inputs(together).values())
+    q, k, v = (tensor.detach().to(dtype) for tensor in inputs_of(together).values())
     media = slice(sum(counts[:sample]), sum(counts[: sample + 1]))
     everything = ff.masked_cross_attention(q, k, v, together, impl=impl)
     one = ff.masked_cross_attention(q[sample : sample + 1], k[media], v[media], alone, impl=impl)
@@ -279,7 +252,7 @@ def test_a_sample_does_not_depend_on_the_batch(sample, dtype, impl, guarded):
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 def test_last_tokens_are_those_of_the_whole_text(num_tokens, guarded):
     layout = _layout([1, 5], images=BATCH, seqlen=40)
-    q, k, v = (tensor.detach() for tensor in _inputs(layout).values())
+    q, k, v = (tensor.detach() for tensor in inputs_of(layout).values())
     whole = ff.masked_cross_attention(q, k, v, layout, impl="triton")
     first = 40 - num_tokens
     last = ff.masked_cross_attention(q[:, first:], k, v, layout.last(num_tokens), impl="triton")
@@ -288,7 +261,7 @@ def test_last_tokens_are_those_of_the_whole_text(num_tokens, guarded):
 
 def _launches(layout, frozen, backward: bool):
     """What a bf16 forward, or its backward, launches; q, k and v."""
-    inputs = _inputs(layout, frozen=frozen)
+    inputs = inputs_of(layout, frozen=frozen)
     with guard() as forward:
         out = ff.masked_cross_attention(**inputs, layout=layout, impl="triton")
     if not backward:
@@ -332,9 +305,9 @@ def test_frozen_queries_move_no_bytes_of_dq(frozen):
 @every_impl
 def test_frozen_inputs_change_no_other_gradient(impl, make_layout, frozen, guarded):
     layout = make_layout()
-    everything, some = _run(layout, impl), _run(layout, impl, frozen=frozen)
+    everything, some = run_layout(layout, impl), run_layout(layout, impl, frozen=frozen)
     assert some.keys() == everything.keys() - {f"d{name}" for name in frozen}
-    _assert_equal(some, {name: everything[name] for name in some})
+    assert_equal(some, {name: everything[name] for name in some})
 
 
 @pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["training", "inference"])
@@ -351,7 +324,7 @@ def test_saved_for_backward(impl, num_media, guarded):
     """q, k, v, the layout and a log-sum a row and head: nothing of L * N."""
     images = (tuple(range(0, 60, 60 // num_media)),)
     layout = _layout(num_media, images=images, seqlen=60)
-    inputs = _inputs(layout, num_keys=80 // num_media)
+    inputs = inputs_of(layout, num_keys=80 // num_media)
     given = [*inputs.values(), *(leaf for leaf in pytree.tree_leaves(layout) if leaf is not None)]
     given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
     others = []
@@ -365,76 +338,6 @@ def test_saved_for_backward(impl, num_media, guarded):
         out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
     assert out.requires_grad
     assert sum(others) == (4 * 60 * 4 if impl == "triton" else 0)
-
-
-class HostSyncError(RuntimeError):
-    """The host would wait for a GPU."""
-
-
-class _NoSyncingOps(TorchDispatchMode):
-    """Needs tensors that are not on the CPU; those of the meta device will do."""
-
-    _aten = torch.ops.aten
-    _READING = {
-        _aten._local_scalar_dense,
-        _aten.bincount,
-        _aten.equal,
-        _aten.is_nonzero,
-        _aten.masked_select,
-        _aten.nonzero,
-        _aten.repeat_interleave,
-        _aten._unique2,
-        _aten.unique_consecutive,
-        _aten.unique_dim,
-    }
-    _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
-
-    @staticmethod
-    def _on_cpu(args, kwargs) -> bool:
-        leaves = pytree.tree_leaves((args, kwargs))
-        devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
-        devices |= {leaf for leaf in leaves if isinstance(leaf, torch.device)}
-        return devices <= {torch.device("cpu")}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        op = func.overloadpacket
-        if self._on_cpu(args, kwargs):
-            return func(*args, **kwargs)
-        if op in self._READING:
-            raise HostSyncError(str(func))
-        if op in self._INDEXING and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        ):
-            raise HostSyncError(f"{func} by a mask")
-        source = target = non_blocking = None
-        if op is self._aten._to_copy:
-            source, target = args[0].device, kwargs.get("device") or args[0].device
-            non_blocking = kwargs.get("non_blocking", False)
-        elif op is self._aten.copy_:
-            source, target = args[1].device, args[0].device
-            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        if source != target and (target.type == "cpu" or not non_blocking):
-            raise HostSyncError(f"{func} from {source} to {target}")
-        return func(*args, **kwargs)
-
-
-class _NoBlockingConstants(TorchFunctionMode):
-    """torch.tensor(numbers, device=...) copies them and waits, unseen by dispatch modes."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func in (torch.tensor, torch.as_tensor) and device is not None:
-            if torch.device(device).type != "cpu":
-                raise HostSyncError(f"{func.__name__} on {device}")
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _no_host_sync():
-    with _NoBlockingConstants(), _NoSyncingOps():
-        yield
 
 
 META = torch.zeros(4, device="meta")
@@ -498,19 +401,7 @@ def test_layouts_are_built_without_a_host_sync(make_layout):
 
 @pytest.fixture
 def real_launchers(monkeypatch):
-    """The registered ops would send tensors of the meta device to the fake implementation."""
-    monkeypatch.setattr(attention, "_forward_op", attention._forward)
-    monkeypatch.setattr(attention, "_backward_op", attention._backward)
-
-
-def _run_on_meta(layout, frozen=(), **options) -> list[str]:
-    """Forward and backward; the kernels that would have been launched."""
-    inputs = _inputs(layout, frozen=frozen, device="meta")
-    with recording(Target("sm_90", num_sms=132)) as launches, _no_host_sync():
-        out = ff.masked_cross_attention(**inputs, layout=layout, **options)
-        wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-        torch.autograd.grad(out, wanted, torch.empty_like(out))
-    return [launch.kernel.fn.__name__ for launch in launches]
+    use_real_launchers(monkeypatch, one_medium_attention)
 
 
 @pytest.mark.parametrize("frozen", [(), ("k", "v"), ("q",)], ids=lambda n: "".join(n) or "none")
@@ -519,7 +410,7 @@ def test_real_launchers_make_no_host_sync(name, frozen, real_launchers):
     kernels = ["_one_medium_fwd_kernel", "_one_medium_bwd_kernel"]
     if "k" not in frozen:
         kernels.append("_sum_split_media_kernel")
-    assert _run_on_meta(LAYOUTS_ON_META[name](), frozen, impl="triton") == kernels
+    assert run_on_meta(LAYOUTS_ON_META[name](), frozen, impl="triton") == kernels
 
 
 @pytest.mark.parametrize(
@@ -537,21 +428,21 @@ def test_real_launchers_make_no_host_sync(name, frozen, real_launchers):
     ids=str,
 )
 def test_the_torch_side_makes_no_host_sync(name, options, real_launchers):
-    launched = _run_on_meta(LAYOUTS_ON_META[name](), **options)
+    launched = run_on_meta(LAYOUTS_ON_META[name](), **options)
     assert bool(launched) == (options["impl"] == "triton")
 
 
 @pytest.mark.parametrize("planted", ["_forward", "_backward"])
 def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
-    real = getattr(attention, planted)
+    real = getattr(one_medium_attention, planted)
 
     def synchronising(first, *rest):
         first.sum().item()
         return real(first, *rest)
 
-    monkeypatch.setattr(attention, f"{planted}_op", synchronising)
+    monkeypatch.setattr(one_medium_attention, f"{planted}_op", synchronising)
     with pytest.raises(HostSyncError, match="_local_scalar_dense"):
-        _run_on_meta(from_locations(3), impl="triton")
+        run_on_meta(from_locations(3), impl="triton")
 
 
 LARGEST, LOWEST = 2**31 - 1, -(2**31)
@@ -589,7 +480,7 @@ def test_kernels_stay_in_bounds_whatever_a_layout_holds(field, row):
     layout = _layout(images=((3, 171),), seqlen=340)
     hostile = dataclasses.replace(layout, **{field: torch.tensor([row], dtype=torch.int32)})
     with guard() as guarded:
-        _run(hostile, "triton")
+        run_layout(hostile, "triton")
     assert [launch.kernel for launch in guarded.launches] == [
         "_one_medium_fwd_kernel",
         "_one_medium_bwd_kernel",
@@ -605,9 +496,9 @@ def test_kernels_stay_in_bounds_whatever_the_order_of_rows(row, clamped):
     hostile = torch.where(layout.row_index == clamped, row, layout.row_index).int()
     assert (hostile == row).sum() == 1
     with guard() as guarded:
-        found = _run(dataclasses.replace(layout, row_index=hostile), "triton")
+        found = run_layout(dataclasses.replace(layout, row_index=hostile), "triton")
     assert len(guarded.launches) == 2
-    _assert_equal(found, _run(layout, "triton"))
+    assert_equal(found, run_layout(layout, "triton"))
 
 
 def test_kernels_stay_in_bounds_whatever_lengths_media_have():
@@ -615,7 +506,7 @@ def test_kernels_stay_in_bounds_whatever_lengths_media_have():
     hostile = dataclasses.replace(_layout(), media_seqlens=lengths)
     sound = _layout(2, torch.tensor([8, 0, 0, 8]))
     with guard():
-        _assert_equal(_run(hostile, "triton"), _run(sound, "triton"))
+        assert_equal(run_layout(hostile, "triton"), run_layout(sound, "triton"))
 
 
 def test_an_item_across_samples_ends_with_its_own():
@@ -623,7 +514,7 @@ def test_an_item_across_samples_ends_with_its_own():
     items = torch.tensor([[0, 4, 20, -1], [-1, 20, LARGEST, 5]], dtype=torch.int32)
     layout = dataclasses.replace(layout, work_items=items)
     with guard():
-        out = ff.masked_cross_attention(**_inputs(layout), layout=layout, impl="triton")
+        out = ff.masked_cross_attention(**inputs_of(layout), layout=layout, impl="triton")
     written = out.detach().isfinite().all(-1).all(-1).flatten()
     assert written.tolist() == [4 <= row < 12 or row >= 20 for row in range(24)]
 
@@ -642,7 +533,7 @@ def test_schedules_of_garbage_are_built_and_stay_in_bounds(values):
         start, end, layout.cu_media, None, 4, 2, 1, in_order=False
     )
     with guard() as guarded:
-        found = _run(layout, "triton")
+        found = run_layout(layout, "triton")
     assert len(guarded.launches) == 2
     assert all(tensor.isfinite().all() for tensor in found.values())
     flat = layout.cu_media[:-1, None] + start
@@ -668,7 +559,7 @@ def test_offsets_beyond_32_bits():
     far = 2**31 + 64
     memory = torch.empty(far + 2**16, dtype=BF16)
     layout = _layout(images=((0, 3), (1, 2)), seqlen=4)
-    near = {name: tensor.detach() for name, tensor in _inputs(layout).items()}
+    near = {name: tensor.detach() for name, tensor in inputs_of(layout).items()}
     views = {
         "batch": (far, 2**9, 2**6, 1),
         "token": (2**9, far // 3 // 8 * 8, 2**6, 1),
@@ -687,30 +578,6 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(out, expected)
 
 
-def _peak_bytes(function) -> int:
-    """Of what PyTorch's CPU allocator had handed out at once, outputs included."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        kept = function()
-    events = [
-        event
-        for event in _all_events(profile.profiler.kineto_results.experimental_event_tree())
-        if event.tag == torch._C._profiler._EventType.Allocation
-    ]
-    del kept
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_time_ns):
-        now += event.extra_fields.alloc_size
-        peak = max(peak, now)
-    return peak
-
-
-def _all_events(events):
-    for event in events:
-        yield event
-        yield from _all_events(event.children)
-
-
 def test_peak_bytes_counts_what_is_alive_at_once():
     def function():
         for _ in range(3):
@@ -718,7 +585,7 @@ def test_peak_bytes_counts_what_is_alive_at_once():
             del temporary
         return torch.empty(1 << 10, dtype=torch.uint8)
 
-    assert 1 << 20 <= _peak_bytes(function) < (1 << 20) + (1 << 14)
+    assert 1 << 20 <= peak_bytes(function) < (1 << 20) + (1 << 14)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
@@ -734,10 +601,10 @@ def test_the_torch_implementation_allocates_little(batch, seqlen, media, dtype):
         for seed, shape in enumerate([q_shape, k_shape, k_shape, q_shape])
     )
     outputs = []
-    forward = _peak_bytes(
+    forward = peak_bytes(
         lambda: outputs.append(ff.masked_cross_attention(q, k, v, layout, impl="torch"))
     )
-    backward = _peak_bytes(lambda: torch.autograd.grad(outputs[0], (q, k, v), dout))
+    backward = peak_bytes(lambda: torch.autograd.grad(outputs[0], (q, k, v), dout))
     assert q.nbytes <= forward <= 2 * q.nbytes
     assert q.nbytes <= backward - k.nbytes - v.nbytes <= 2 * q.nbytes
 
@@ -792,7 +659,7 @@ def test_layouts_survive_what_wrappers_do_to_inputs(make_layout, move):
     moved = move(layout)
     assert isinstance(moved, ff.MediaLayout)
     assert moved == layout
-    _assert_equal(_run(moved, "torch"), _run(layout, "torch"))
+    assert_equal(run_layout(moved, "torch"), run_layout(layout, "torch"))
 
 
 @pytest.mark.parametrize("make_layout", [_layout, _with_seqlens])

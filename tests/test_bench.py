@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -19,20 +20,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner, Result
 
 import flamingo_fast
-from flamingo_fast.bench import attention, plan, plot, records, report, roofline, work
+from flamingo_fast.bench import (
+    attention,
+    pairs,
+    plan,
+    plot,
+    records,
+    registry,
+    report,
+    roofline,
+    several_media,
+    several_media_work,
+    timing,
+    work,
+)
 from flamingo_fast.bench import run as bench_run
 from flamingo_fast.bench.correctness import disagreements, problems
 from flamingo_fast.bench.records import Environment, Measurement
-from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Case, Unavailable
+from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Case, Unavailable, plain
 from flamingo_fast.bench.timing import MIN_ROUNDS, Quantiles, interleaved, paired_ratios
 from flamingo_fast.cli import app
+from flamingo_fast.layout import MediaLayout
+from flamingo_fast.testing import peers
 
 CPU = torch.device("cpu")
 ATTENTION = plan.BENCHMARKS["masked_cross_attention"]
 
 
 def small_shape(op: Benchmark) -> tuple[int, ...]:
-    return (2, 300, 3, 2, 16, 8) if op.dims == ATTENTION.dims else (16, 64)
+    return {
+        2: (16, 64),
+        5: (5, 64, 2, 16, 8),
+        6: (2, 300, 3, 2, 16, 8),
+        8: (2, 300, 3, 4, 2, 16, 2, 8),
+    }[len(op.dims)]
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +120,12 @@ def test_flops_by_hand() -> None:
     assert work.gated_residual_norm((3, 5), 2, "fwd").vector_flops == 15 * (2 + 7)
 
 
+def _distinct_bytes(tensor: torch.Tensor) -> int:
+    """Without the copies that an expanded tensor only seems to have."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * math.prod(size for size, stride in sizes if stride != 0)
+
+
 class _CountBytes(TorchDispatchMode):
     """Bytes that kernels read and write when each touches every tensor once; views touch none."""
 
@@ -112,7 +139,7 @@ class _CountBytes(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
             tensors = [*args, *(results if isinstance(results, tuple) else (results,))]
-            self.bytes += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+            self.bytes += sum(_distinct_bytes(t) for t in tensors if isinstance(t, torch.Tensor))
         return results
 
 
@@ -127,18 +154,20 @@ class _CountBytes(TorchDispatchMode):
         ("squared_relu", (256, 512), 0.01),
         # Masks and copies of gradients, which the formula leaves out; one sample needs no others.
         ("masked_cross_attention", (1, 1024, 2, 8, 64, 64), 0.02),
+        ("masked_cross_attention_all_previous", (1, 1024, 2, 8, 64, 64), 0.02),
+        ("masked_cross_attention_idefics", (1, 512, 2, 16, 64, 64), 0.02),
+        ("masked_cross_attention_mllama", (1, 256, 1, 16, 4, 64, 2, 64), 0.02),
     ],
 )
 def test_eager_bytes_are_those_of_pytorchs_kernels(
     op: str, shape: tuple[int, ...], tolerance: float, mode: str
 ) -> None:
-    benchmark = plan.BENCHMARKS[op]
-    inputs = [
-        value.to("meta") for value in benchmark.make_inputs(shape, torch.float32, CPU).values()
-    ]
-    leaves = [value.requires_grad_() for value in inputs if isinstance(value, torch.Tensor)]
+    case = Case(plan.BENCHMARKS[op], shape, "fp32", CPU)
+    benchmark, inputs = case.benchmark, case.inputs.values()
+    leaves = [value for value in inputs if isinstance(value, torch.Tensor)]
+    eager = benchmark.build_eager(case, False)
     with _CountBytes() as forward:
-        outputs = benchmark.eager(*inputs)
+        outputs = eager(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     douts = [torch.empty_like(out) for out in outputs]
     with _CountBytes() as backward:
@@ -188,6 +217,16 @@ def test_rounds_are_interleaved_in_changing_order() -> None:
     for index, order in enumerate(rounds):
         for place, name in enumerate(order):
             assert samples[name][index] == 3 + index * 3 + place + 1
+
+
+def test_only_benchmarks_that_say_so_get_fewer_rounds_when_these_take_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "_LONG_S", 0.0)
+    calls = {"a": lambda: None}
+    for fewest in (5, MIN_ROUNDS):
+        samples = interleaved(calls, lambda call: 1.0, budget_s=0, fewest_rounds=fewest)
+        assert len(samples["a"]) == fewest
 
 
 # Results file
@@ -297,7 +336,8 @@ def test_torch_compile_is_unavailable_without_what_it_needs(
             ["--op", "masked_cross_attention", "--shape", "8x8"],
             ["BxLxNxHxDxR", "8x256x5x16x128x64"],
         ),
-        (["--growth", "--shape", "8x8"], ["growth chooses its op and shapes"]),
+        (["--growth", "--shape", "8x8"], ["growth chooses its shapes"]),
+        (["--growth", "--op", "squared_relu"], ["unknown op 'squared_relu'", ATTENTION.name]),
         (["--out", __file__], ["is a file"]),
     ],
 )
@@ -388,7 +428,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 def test_eager_and_ours_pass_the_gate(op: Benchmark, dtype: str) -> None:
     case = Case(op, small_shape(op), dtype, CPU)
     for mode in MODES:
-        assert problems(case, op.eager, mode) == []
+        assert problems(case, op.build_eager(case, False), mode) == []
         assert problems(case, op.ours, mode) == []
 
 
@@ -436,14 +476,14 @@ def test_the_gate_catches(function: Callable[..., Any], mode: str, problem: str)
 
 def test_a_missing_output_is_caught() -> None:
     case = Case(plan.BENCHMARKS["gated_residual_rms_norm"], (4, 64), "fp32", CPU)
-    found = problems(case, lambda x, *rest: case.benchmark.eager(x, *rest)[0], "fwd")
+    found = problems(case, lambda *inputs: case.benchmark.ours(*inputs)[0], "fwd")
     assert found == ["ValueError: 1 tensors, expected residual, normed"]
 
 
 def test_the_gate_leaves_its_inputs_alone() -> None:
     # dx is the incoming gradient itself, which must survive being compared.
     case = Case(plan.BENCHMARKS["gated_residual"], (4, 64), "fp32", CPU)
-    call = case.call(case.benchmark.eager, "fwd_bwd")
+    call = case.call(case.benchmark.build_eager(case, False), "fwd_bwd")
     before = case.named(call())["dx"].clone()
     assert not disagreements(case.named(call()), case.expected)
     assert torch.equal(case.named(call())["dx"], before)
@@ -473,7 +513,7 @@ def test_a_wrong_provider_gets_no_number(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_nothing_is_compared_to_a_wrong_baseline(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    replace_benchmark(monkeypatch, eager=wrong_value)
+    replace_benchmark(monkeypatch, build_eager=plain(wrong_value))
     result = bench("--quick", "--shape", "16x64", "--mode", "fwd", "--out", str(tmp_path))
     assert result.exit_code == 1
     assert {r["provider"] for r in rows_of(tmp_path / "results.csv")} == {"torch"}
@@ -487,7 +527,7 @@ def rounds_badly(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.
 def test_a_baseline_that_only_rounds_badly_is_measured_and_noted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    replace_benchmark(monkeypatch, eager=rounds_badly)
+    replace_benchmark(monkeypatch, build_eager=plain(rounds_badly))
     args = ("--quick", "--shape", "16x64", "--mode", "fwd", "--dtype", "bf16")
     result = bench(*args, "--out", str(tmp_path))
     assert result.exit_code == 0
@@ -511,12 +551,205 @@ def attention_provider(name: str, case: Case, mode: str) -> Callable[..., Any]:
     return next(p for p in case.benchmark.providers if p.name == name).build(case, mode)
 
 
-@pytest.mark.parametrize("provider", ["sdpa", "open_flamingo"])
-@pytest.mark.parametrize("shape", [(2, 300, 3, 2, 16, 8), (1, 1, 5, 2, 16, 8)], ids=str)
-def test_attention_providers_pass_the_gate(shape: tuple[int, ...], provider: str) -> None:
-    case = Case(ATTENTION, shape, "fp32", CPU)
+@pytest.mark.parametrize(
+    ("op", "shape", "provider"),
+    [
+        *(
+            ("", shape, provider)
+            for shape in ((2, 300, 3, 2, 16, 8), (1, 1, 5, 2, 16, 8))
+            for provider in ("sdpa", "open_flamingo")
+        ),
+        ("_all_previous", (2, 300, 3, 2, 16, 8), "sdpa"),
+        *(("_all_previous", (1, 1, 5, 2, 16, 8), name) for name in ("eager", "ours", "sdpa")),
+        *((f"_{name}", (2, 50, 8, 2, 24, 8), "sdpa") for name in ("idefics", "random", "sparse")),
+        ("_mllama", (2, 300, 3, 4, 2, 16, 2, 8), "sdpa"),
+        *(("_mllama", (1, 1, 1, 4, 2, 16, 4, 5), name) for name in ("eager", "ours", "sdpa")),
+        *(("_pairs", (5, 32, 2, 16, 8), provider) for provider in ("sdpa", "ours_padded")),
+    ],
+)
+def test_attention_providers_pass_the_gate(op: str, shape: tuple[int, ...], provider: str) -> None:
+    case = Case(plan.BENCHMARKS[ATTENTION.name + op], shape, "fp32", CPU)
     for mode in MODES:
         assert problems(case, attention_provider(provider, case, mode), mode) == []
+
+
+@pytest.mark.parametrize("op", ["", "_even", "_idefics", "_pairs"])
+def test_libraries_that_need_a_gpu_say_so(op: str) -> None:
+    benchmark = plan.BENCHMARKS[ATTENTION.name + op]
+    case = Case(benchmark, benchmark.tiny_shape, "bf16", CPU)
+    for library in ("varlen", "flash_attn", "xformers"):
+        with pytest.raises(Unavailable, match="its kernels need a GPU"):
+            attention_provider(library, case, "fwd")
+
+
+def test_the_gate_compares_the_tokens_of_a_padded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(plan.BENCHMARKS[pairs.NAME], (5, 64, 2, 16, 8), "fp32", CPU)
+    padded = attention_provider("ours_padded", case, "fwd_bwd")
+    with_next_image = dataclasses.replace(
+        padded, function=lambda q, k, v, layout: padded.function(q, k, v.roll(1, 0), layout)
+    )
+    found = problems(case, with_next_image, "fwd_bwd")
+    assert [line.partition(":")[0] for line in found] == ["out", "dq", "dk", "dv"]
+    # Compiled it is the function inside, not what is around it.
+    monkeypatch.setattr(registry, "require_inductor", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    compiled = attention_provider("compile", case, "fwd_bwd")
+    assert problems(case, compiled, "fwd_bwd") == []
+
+
+# Layouts of the attention benchmarks
+
+
+def test_mllama_masks_are_those_of_its_processor() -> None:
+    pytest.importorskip("transformers")
+    for media in (1, 3):
+        mask = several_media.tile_mask((2, 40, media, 1, 1, 1, 4, 1))
+        ids = torch.zeros(2, 40, dtype=torch.int64)
+        ids[:, mask[0, :, :, 0].argmax(0)] = 7
+        theirs = peers.mllama_cross_attention_mask(ids.tolist(), 7, [[4] * media] * 2)
+        assert torch.equal(mask, theirs)
+        last = several_media.tile_mask((2, 1, media, 1, 1, 1, 4, 1))
+        assert torch.equal(last, theirs[:, -1:])
+    layout = several_media.mllama_layout((1, 40, 1, 1, 1, 1, 4, 5), CPU)
+    assert layout.attends()[0].tolist() == [False] + 39 * [True]
+    assert layout.media_seqlens.tolist() == [20]
+
+
+def test_idefics_masks_are_those_of_its_processor() -> None:
+    pytest.importorskip("transformers")
+    mask = several_media.one_hot_mask((3, 90, 8))
+    counts = mask.sum(2)
+    # There is text before the first image, and between the end of a document and the next image.
+    assert counts.unique().tolist() == [0, 1]
+    assert (counts.diff(dim=1) < 0).any() and (counts.diff(dim=1) > 0).sum() > 3
+    ids = torch.zeros(3, 90, dtype=torch.int64)
+    ids[:, :-1][counts.diff(dim=1) < 0] = 2
+    ids.scatter_(1, mask.int().argmax(1), 7)
+    assert torch.equal(mask, peers.idefics_image_attention_mask(ids, 7, 2, 8).bool())
+
+
+def test_masks_with_holes() -> None:
+    shape = (2, 512, 8)
+    random = several_media.random_mask(shape)
+    assert random.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert (random[:, 1:] == random[:, :-1]).float().mean() == pytest.approx(0.5, abs=0.02)
+    sparse = several_media.sparse_mask((*shape, 1, 1, 1))
+    last = attention.media_layout((*shape, 1, 1, 1), CPU).media_end
+    for sample, token in itertools.product(range(2), range(0, 512, 7)):
+        attended = sparse[sample, token].nonzero().flatten().tolist()
+        count = int(last[sample, token])
+        assert attended == sorted({0, count - 1} if count else ())
+
+
+@pytest.mark.parametrize(("longest", "mean"), [(64, 20.5), (32, 12.4)])
+def test_lengths_of_pairs(longest: int, mean: float) -> None:
+    """Geometric, before what is longer is cut off."""
+    lengths = pairs.text_lengths((512, longest))
+    cut_mean = sum((1 - 1 / mean) ** count for count in range(longest))
+    assert lengths.double().mean() == pytest.approx(cut_mean, rel=0.01)
+    assert cut_mean == pytest.approx(mean, rel=0.1)
+    assert (lengths.min(), lengths.max()) == (1, longest)
+    of_the_longest = float((lengths == longest).double().mean())
+    assert of_the_longest == pytest.approx((1 - 1 / mean) ** (longest - 1), abs=0.01)
+    assert lengths.median() == pytest.approx(mean * math.log(2), abs=1)
+    assert torch.equal(lengths, pairs.text_lengths((512, longest)))
+    assert not torch.equal(lengths, lengths.sort().values)
+
+
+def test_pairs_are_packed_and_padded() -> None:
+    shape = (6, 32, 1, 16, 4)
+    lengths = pairs.text_lengths(shape)
+    packed, padded = pairs.packed_layout(shape, CPU), pairs.padded_layout(shape, CPU)
+    expected = torch.arange(6).repeat_interleave(lengths)
+    assert torch.equal(packed.media_start[0].long(), expected)
+    assert torch.equal(packed.media_end[0].long(), expected + 1)
+    assert (padded.media_start.shape, padded.max_media_per_token) == ((6, 32), 1)
+    assert padded.attends().all()
+
+
+# Work of the attention benchmarks
+
+
+def _layouts_with_heads() -> dict[str, tuple[MediaLayout, int, int, bool]]:
+    """Layout, query and key heads, whether tokens without a medium attend to everything."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 9, 4, generator=generator) < 0.3
+    lengths = torch.tensor([5, 0, 3, 7, 1, 5, 5, 2])
+    return {
+        "holes": (MediaLayout.from_media_mask(mask, media_seqlens=lengths), 2, 2, False),
+        "dense": (MediaLayout.from_media_mask(mask, media_seqlens=lengths), 4, 2, True),
+        "all_previous": (
+            attention.media_layout((2, 9, 4, 1, 1, 1), CPU, attend="all_previous"),
+            *(2, 1, False),
+        ),
+        "packed": (pairs.packed_layout((4, 16), CPU), 2, 2, False),
+        "unequal": (
+            MediaLayout.from_media_locations(torch.eye(3, 7).bool(), [2, 0, 3]),
+            *(2, 2, False),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["holes", "dense", "all_previous", "packed", "unequal"])
+def test_useful_work_counted_one_by_one(name: str) -> None:
+    layout, heads, kv_heads, dense = _layouts_with_heads()[name]
+    num_keys, head_dim, itemsize = 6, 16, 2
+    cu_media = layout.cu_media.tolist()
+    lengths = [num_keys] * layout.media_total
+    if layout.media_seqlens is not None:
+        lengths = [min(length, num_keys) for length in layout.media_seqlens.tolist()]
+    scores, read = 0, set()
+    for sample, row in enumerate(layout.to_mask().tolist()):
+        first, last = cu_media[sample : sample + 2]
+        for attended in row:
+            keys = {
+                (first + medium, key)
+                for medium, attends in enumerate(attended)
+                if attends
+                for key in range(lengths[first + medium])
+            }
+            if dense and not keys:
+                keys = set(itertools.product(range(first, last), range(num_keys)))
+            read |= keys
+            scores += len(keys) * heads
+    row_bytes = layout.media_start.numel() * heads * head_dim * itemsize
+    key_bytes = 2 * kv_heads * head_dim * itemsize
+    read_bytes, all_bytes = len(read) * key_bytes, layout.media_total * num_keys * key_bytes
+    lse = layout.media_start.numel() * heads * 4
+    for mode, loaded, stored, products in (
+        ("fwd", row_bytes + read_bytes, row_bytes, 2),
+        ("bwd", 2 * row_bytes + read_bytes + lse, row_bytes + all_bytes, 5),
+        (
+            *("fwd_bwd", 3 * row_bytes + 2 * read_bytes + lse),
+            *(2 * row_bytes + all_bytes + lse, 7),
+        ),
+    ):
+        found = several_media_work.attention_of_layout(
+            layout, heads, kv_heads, head_dim, num_keys, itemsize, mode, dense=dense
+        )
+        assert (found.loaded, found.stored) == (loaded, stored), mode
+        assert found.matmul_flops == products * 2 * scores * head_dim, mode
+
+
+def test_useful_work_of_one_medium_a_token_is_that_formula() -> None:
+    shape = (2, 12, 3, 2, 16, 8)
+    locations = torch.zeros(2, 12, dtype=torch.bool)
+    locations[:, [0, 5, 8]] = True
+    layout = MediaLayout.from_media_locations(locations, 3)
+    for mode in ("fwd", "fwd_lse", "bwd", "fwd_bwd"):
+        found = several_media_work.attention_of_layout(layout, 2, 2, 16, 8, 2, mode)
+        assert found == work.masked_cross_attention(shape, 2, mode)
+
+
+def test_useful_work_grows_with_attended_media() -> None:
+    """In proportion where all before are attended to; with a sparse mask it stays."""
+    few, many = ((1, 2048, media, 8, 64, 64) for media in (8, 64))
+    ratios = []
+    for op in (several_media.ALL_PREVIOUS, several_media.SPARSE):
+        flops = [plan.BENCHMARKS[op].work(shape, 2, "fwd").matmul_flops for shape in (few, many)]
+        ratios.append(flops[1] / flops[0])
+    assert ratios[0] > 6
+    assert ratios[1] < 1.5
 
 
 def test_flex_attention_has_the_right_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,7 +784,7 @@ def test_the_blocked_reference_is_the_reference(positions: str) -> None:
 
 def test_dense_scores_too_many_for_a_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(ATTENTION, (1, 16, 2, 1, 16, 8), "fp32", CPU)
-    monkeypatch.setattr(attention, "_num_scores", lambda shape: 8192 * 8192 * 16)
+    monkeypatch.setattr(attention, "num_scores", lambda case: 8192 * 8192 * 16)
     for provider in ("eager", "compile", "sdpa", "open_flamingo"):
         with pytest.raises(Unavailable, match="1.1e\\+09 scores of all tokens and keys"):
             attention_provider(provider, case, "fwd")
@@ -561,7 +794,7 @@ def test_dense_scores_too_many_for_a_cpu_are_refused(monkeypatch: pytest.MonkeyP
 def test_without_a_baseline_there_are_times_but_no_ratios(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(attention, "_num_scores", lambda shape: 2**40)
+    monkeypatch.setattr(attention, "num_scores", lambda case: 2**40)
     args = ["--op", ATTENTION.name, "--shape", "1x64x2x1x16x8", "--mode", "fwd", "--quick"]
     result = bench(*args, "--dtype", "fp32", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -592,44 +825,58 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
     assert bench_run.peak_bytes(call, CPU) == 2048
 
 
+GROWING = (ATTENTION.name, several_media.SPARSE)
+
+
 @pytest.fixture(scope="module")
 def growth_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     out = tmp_path_factory.mktemp("growth")
-    return bench("--growth", "--quick", "--dtype", "fp32", "--out", str(out)), out
+    ops = [argument for op in GROWING for argument in ("--op", op)]
+    return bench("--growth", "--quick", *ops, "--dtype", "fp32", "--out", str(out)), out
 
 
-def test_growth_measures_time_and_memory_by_the_number_of_images(
+def test_growth_measures_time_and_memory_by_images_and_tokens(
     growth_run: tuple[Result, Path],
 ) -> None:
     result, out = growth_run
     assert result.exit_code == 0, result.output
     found = {
-        (row["provider"], row["mode"], row["shape"], row["metric"]): float(row["p50"])
+        (row["kernel"], row["provider"], row["mode"], row["shape"], row["metric"]): float(
+            row["p50"]
+        )
         for row in rows_of(out / "results.csv")
     }
+    few, many, short = "1x128x1x2x32x16", "1x128x4x2x32x16", "1x64x4x2x32x16"
     for provider in ("eager", "ours", "sdpa"):
         for mode in MODES:
-            for shape in ("1x128x1x2x32x16", "1x128x4x2x32x16"):
-                assert found[provider, mode, shape, "time"] > 0
+            for op, shape in [(GROWING[0], few), *((GROWING[1], shape) for shape in (few, short))]:
+                assert found[op, provider, mode, shape, "time"] > 0
+                assert found[op, provider, mode, many, "time"] > 0
     eager, ours = (
-        found[provider, "fwd", "1x128x4x2x32x16", "peak_memory"]
-        - found[provider, "fwd", "1x128x1x2x32x16", "peak_memory"]
+        found[ATTENTION.name, provider, "fwd", many, "peak_memory"]
+        - found[ATTENTION.name, provider, "fwd", few, "peak_memory"]
         for provider in ("eager", "ours")
     )
     # Two of its tensors of all scores are alive at once, at least.
     assert eager >= 2 * 3 * (128 * 16 * 2 * 4) / 1e6
     assert ours <= 0.05 * eager
-    assert {row["kernel"] for row in rows_of(out / "results.csv")} == {
-        *("copy", "matmul", ATTENTION.name)
-    }
+    assert {op for op, *_ in found} == {"copy", "matmul", *GROWING}
 
 
 def test_growth_is_drawn(growth_run: tuple[Result, Path]) -> None:
     result, out = growth_run
-    image = (out / "growth.png").read_bytes()
-    assert image.startswith(b"\x89PNG") and len(image) > 10_000
-    assert str(out / "growth.png") in result.output
+    for name in ("growth.png", "growth_sparse.png"):
+        image = (out / name).read_bytes()
+        assert image.startswith(b"\x89PNG") and len(image) > 10_000
+        assert str(out / name) in result.output
     assert not (out / "report.png").exists()
+
+
+def test_growth_is_of_one_size_at_a_time() -> None:
+    by_images = [(1, 8, n, 1, 1, 1) for n in (4, 1, 2)]
+    shapes = [*by_images, (1, 2, 4, 1, 1, 1)]
+    assert plot._series(shapes, 2) == sorted(by_images)
+    assert plot._series(shapes, 1) == [(1, 2, 4, 1, 1, 1), (1, 8, 4, 1, 1, 1)]
 
 
 # Tables and suite

@@ -97,7 +97,7 @@ def _fake_forward(
             heads // kv_heads,
         )
     elif need_lse:
-        lse_shape, dtype = (batch, heads, seqlen), torch.promote_types(q.dtype, dtype)
+        lse_shape, dtype = (batch, seqlen, heads), torch.promote_types(q.dtype, dtype)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=dtype)
 
 
@@ -114,6 +114,7 @@ def _backward(
     media_rows: torch.Tensor,
     cu_media: torch.Tensor,
     media_seqlens: torch.Tensor | None,
+    max_media: int,
     dense: bool,
     softmax_scale: float,
     need_dq: bool,
@@ -139,6 +140,7 @@ def _backward(
             media_rows,
             cu_media,
             media_seqlens,
+            max_media,
             dense,
             softmax_scale,
             dq,
@@ -179,6 +181,7 @@ def _fake_backward(
     media_rows: torch.Tensor,
     cu_media: torch.Tensor,
     media_seqlens: torch.Tensor | None,
+    max_media: int,
     dense: bool,
     softmax_scale: float,
     need_dq: bool,
@@ -200,8 +203,8 @@ _forward_op = register_op(
 _backward_op = register_op(
     "several_media_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor media_start, Tensor media_end, Tensor? media_bits, Tensor media_rows, "
-    "Tensor cu_media, Tensor? media_seqlens, bool dense, float softmax_scale, bool need_dq, "
-    "bool need_dkv, bool interleaved, str impl) -> (Tensor, Tensor)",
+    "Tensor cu_media, Tensor? media_seqlens, SymInt max_media, bool dense, float softmax_scale, "
+    "bool need_dq, bool need_dkv, bool interleaved, str impl) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
@@ -254,6 +257,7 @@ class _SeveralMediaAttentionFn(torch.autograd.Function):
             cu_media,
             media_seqlens,
         )
+        ctx.max_media = max_media
         ctx.dense = dense
         ctx.softmax_scale = softmax_scale
         ctx.impl = impl
@@ -271,6 +275,7 @@ class _SeveralMediaAttentionFn(torch.autograd.Function):
             k,
             v,
             *saved,
+            ctx.max_media,
             ctx.dense,
             ctx.softmax_scale,
             need_dq,

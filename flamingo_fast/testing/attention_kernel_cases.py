@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -147,38 +148,33 @@ def _one_medium_rules(
 
 
 def _several_media_cases() -> Iterator[KernelCase]:
-    """Images of 64 tokens as OpenFlamingo's and IDEFICS's, and of 6404 as Mllama's."""
+    """Images of 64 tokens as OpenFlamingo's and IDEFICS's, of 6404 as Mllama's, and odd ones."""
     mllama = functools.partial(_several_media, num_keys=6404, media=8, head_dim=128, group=4)
+    decode: dict[str, Any] = dict(seqlen=1, forward_only=True)
+    everything: dict[str, Any] = dict(dense=True, seqlens=True, bits=True)
     for head_dim in (64, 80, 128):
         yield from _several_media(f"bf16/64x{head_dim}", BF16, head_dim=head_dim)
     yield from _several_media("fp16/64x128", FP16, head_dim=128)
     for head_dim in (64, 128):
         variant = functools.partial(_several_media, dtype=BF16, head_dim=head_dim)
-        yield from variant(f"bf16/64x{head_dim}_bits", bits=True)
-        yield from variant(f"bf16/64x{head_dim}_decode", seqlen=1, forward_only=True)
-    yield from _several_media(
-        "bf16/64x128_bits_seqlens", BF16, head_dim=128, bits=True, seqlens=True
-    )
+        yield from variant(f"bf16/64x{head_dim}_decode", **decode)
+        yield from variant(f"bf16/64x{head_dim}_bits_seqlens", bits=True, seqlens=True)
+        yield from variant(f"bf16/64x{head_dim}_40_rows", seqlen=40)
+        yield from variant(f"bf16/70x{head_dim}_everything", num_keys=70, **everything)
+        yield from variant(f"bf16/5x{head_dim}", num_keys=5)
     yield from mllama("bf16/6404x128", BF16)
     yield from mllama("fp16/6404x128_seqlens", FP16, seqlens=True)
     yield from mllama("bf16/6404x128_dense", BF16, dense=True)
-    yield from mllama("bf16/6404x128_dense_seqlens", BF16, dense=True, seqlens=True, bits=True)
-    yield from mllama("bf16/6404x128_decode", BF16, seqlen=1, forward_only=True)
-    yield from mllama(
-        "bf16/6404x128_decode_dense_seqlens",
-        BF16,
-        seqlen=1,
-        dense=True,
-        seqlens=True,
-        bits=True,
-        forward_only=True,
-    )
+    yield from mllama("bf16/6404x128_everything", BF16, **everything)
+    yield from mllama("bf16/6404x128_decode", BF16, **decode)
+    yield from mllama("bf16/6404x128_decode_everything", BF16, **decode, **everything)
+    yield from mllama("bf16/6404x128_8_rows", BF16, seqlen=8)
     yield from _several_media("bf16/200x64", BF16, num_keys=200)
     yield from _several_media("bf16/5x16", BF16, num_keys=5, head_dim=16)
     yield from _several_media("bf16/64x256", BF16, head_dim=256)
     for head_dim in (64, 128, 256):
         yield from _several_media(f"fp32/64x{head_dim}", FP32, head_dim=head_dim)
-    yield from mllama("fp32/6404x128", FP32, dense=True, seqlens=True)
+    yield from mllama("fp32/6404x128_everything", FP32, **everything)
     yield from _several_media("fp32_tf32/64x64", FP32, input_precision="tf32")
 
 
@@ -234,14 +230,14 @@ def _several_media(
         _meta(media, 2, dtype=torch.int32),
         cu_media,
         media_seqlens,
+        media // batch,
         dense,
         head_dim**-0.5,
         input_precision=input_precision,
     )
     rules = _several_media_rules(dtype, head_dim, input_precision)
-    yield KernelCase(f"several_media_fwd/{name}", functools.partial(forward, need_lse=True), rules)
     yield KernelCase(
-        f"several_media_fwd_inference/{name}", functools.partial(forward, need_lse=False), rules
+        f"several_media_fwd/{name}", functools.partial(forward, need_lse=not forward_only), rules
     )
     if forward_only:
         return

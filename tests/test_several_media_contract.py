@@ -1,0 +1,601 @@
+"""What masked_cross_attention promises beside the values, where tokens attend to several media."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from attention_contract import (
+    BF16,
+    HostSyncError,
+    assert_equal,
+    inputs_of,
+    no_host_sync,
+    run_layout,
+    run_on_meta,
+    use_real_launchers,
+    with_checkpoint,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import flamingo_fast as ff
+from flamingo_fast.layout import MediaLayout
+from flamingo_fast.ops import several_media_attention
+from flamingo_fast.testing.guard import guard
+from flamingo_fast.testing.inputs import random_tensor
+
+every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
+
+FORWARD, COMBINE = "_several_media_fwd_kernel", "_combine_splits_kernel"
+DQ, DKV = "_several_media_dq_kernel", "_several_media_dkv_kernel"
+
+
+def _locations(images, seqlen) -> torch.Tensor:
+    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
+    for sample, positions in enumerate(images):
+        locations[sample, list(positions)] = True
+    return locations
+
+
+def _all_previous(images=((2, 5), (0, 1, 9)), num_media=(2, 3), seqlen=12, **options):
+    return MediaLayout.from_media_locations(
+        _locations(images, seqlen), num_media, "all_previous", **options
+    )
+
+
+def _mask() -> torch.Tensor:
+    """(2, 9, 5) with holes; some tokens attend to nothing."""
+    return torch.rand(2, 9, 5, generator=torch.Generator().manual_seed(3)) < 0.3
+
+
+LENGTHS = torch.tensor([5, 8, 0, 3, 1, 8, 4, 0, 9, 2])
+
+
+def _holes() -> MediaLayout:
+    return MediaLayout.from_media_mask(_mask(), media_seqlens=LENGTHS)
+
+
+def _split() -> MediaLayout:
+    """Of media of 300 tokens, which splits have three of."""
+    return _all_previous(((0, 1, 2, 3), (2,)), (4, 1), seqlen=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A layout, and what else makes a difference to the kernels."""
+
+    make_layout: functools.partial
+    num_keys: int = 8
+    unattended: str = "zero"
+
+    def run(self, impl, layout=None, **options) -> dict[str, torch.Tensor]:
+        return run_layout(
+            self.make_layout() if layout is None else layout,
+            impl,
+            num_keys=self.num_keys,
+            unattended=self.unattended,
+            **options,
+        )
+
+    def inputs(self, **options) -> dict[str, torch.Tensor]:
+        return inputs_of(self.make_layout(), num_keys=self.num_keys, **options)
+
+    def call(self, impl, layout=None):
+        """Of q, k and v."""
+        return functools.partial(
+            ff.masked_cross_attention,
+            layout=self.make_layout() if layout is None else layout,
+            unattended=self.unattended,
+            impl=impl,
+        )
+
+
+SETTINGS = {
+    "all_previous": Setting(_all_previous),
+    "holes_dense": Setting(_holes, unattended="dense"),
+    "split": Setting(_split, num_keys=300),
+}
+every_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@every_impl
+def test_compile_fullgraph_with_a_layout_given(impl, checkpointed, guarded):
+    setting = SETTINGS["holes_dense"]
+
+    def wrap(function):
+        torch._dynamo.reset()
+        attend = with_checkpoint(function) if checkpointed else function
+        return torch.compile(attend, fullgraph=True, backend="aot_eager")
+
+    assert_equal(setting.run(impl, wrap=wrap), setting.run(impl))
+
+
+@pytest.mark.parametrize("of_mask", [False, True], ids=["locations", "mask"])
+@every_impl
+def test_compile_fullgraph_with_a_layout_built_inside(impl, of_mask, guarded):
+    locations, mask = _locations(((2, 5), (0, 1, 9)), 12), _mask()
+
+    def make_layout():
+        if of_mask:
+            return MediaLayout.from_media_mask(mask, media_seqlens=LENGTHS)
+        return MediaLayout.from_media_locations(locations, (2, 3), "all_previous")
+
+    def wrap(function):
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def with_layout(q, k, v, _):
+            return function(q, k, v, make_layout())
+
+        return with_layout
+
+    layout = make_layout()
+    compiled = run_layout(layout, impl, wrap=wrap, unattended="uniform")
+    assert_equal(compiled, run_layout(layout, impl, unattended="uniform"))
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("k", "v"), ("q",), ("q", "v")], ids=lambda names: "".join(names) or "none"
+)
+@every_setting
+@every_impl
+def test_fake_tensors_have_the_real_metadata(impl, setting, frozen):
+    def run(inputs, layout):
+        out = setting.call(impl, layout)(**inputs)
+        wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+        return [out, *torch.autograd.grad(out, wanted, out.detach())]
+
+    inputs, layout = setting.inputs(frozen=frozen), setting.make_layout()
+    mode = FakeTensorMode()
+    fake_inputs = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+    fake_layout = pytree.tree_map_only(torch.Tensor, mode.from_tensor, layout)
+    with mode:
+        fake = run(fake_inputs, fake_layout)
+    for real_tensor, fake_tensor in zip(run(inputs, layout), fake, strict=True):
+        assert fake_tensor.shape == real_tensor.shape
+        assert fake_tensor.dtype == real_tensor.dtype
+        assert fake_tensor.stride() == real_tensor.stride()
+
+
+@every_impl
+def test_gradients_of_halves_of_one_projection_are_halves_too(impl):
+    layout = _holes()
+    q, _, _ = inputs_of(layout, torch.float32).values()
+    projected = random_tensor((10, 8, 2, 2, 16), seed=5)
+    k, v = (half.requires_grad_() for half in projected.unbind(2))
+    out = ff.masked_cross_attention(q, k, v, layout, impl=impl)
+    dk, dv = torch.autograd.grad(out.square().sum(), (k, v))
+    assert dk.stride() == k.stride() and dv.stride() == v.stride()
+    assert dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
+
+
+@every_setting
+@every_impl
+def test_a_layout_serves_inference_mode_and_then_training(impl, setting, guarded):
+    layout = setting.make_layout()
+    with torch.inference_mode():
+        served = setting.call(impl, layout)(**setting.inputs())
+    trained = setting.run(impl, layout)
+    assert torch.equal(served, trained["out"])
+    assert_equal(trained, setting.run(impl))
+
+
+@every_setting
+@every_impl
+def test_activation_checkpointing(impl, setting, guarded):
+    assert_equal(setting.run(impl, wrap=with_checkpoint), setting.run(impl))
+
+
+@every_impl
+def test_double_backward_raises(impl):
+    setting = SETTINGS["all_previous"]
+    inputs = setting.inputs()
+    out = setting.call(impl)(**inputs)
+    (dq,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@every_impl
+def test_autocast_changes_no_bit(impl, dtype):
+    """Neither of the forward, nor of a backward inside of it."""
+    setting = SETTINGS["holes_dense"]
+    plain = setting.run(impl, dtype=dtype)
+    with torch.autocast("cpu", BF16):
+        assert_equal(setting.run(impl, dtype=dtype), plain)
+
+
+@every_setting
+def test_program_order_and_repetition_change_no_bit(setting):
+    runs = []
+    for seed in (0, 1, 2, 2):
+        with guard(shuffle_seed=seed):
+            runs.append(setting.run("triton"))
+    for run in runs[1:]:
+        assert_equal(run, runs[0])
+
+
+@every_setting
+def test_repetition_changes_no_bit_on_a_cpu(setting):
+    assert_equal(setting.run("torch"), setting.run("torch"))
+
+
+def _masks_of_three_samples(num_keys: int) -> tuple[MediaLayout, list[MediaLayout]]:
+    """Of 1, 6 and no media: together, where the widest decides, and each alone."""
+    counts = [1, 6, 0]
+    lengths = torch.tensor([num_keys, 3, num_keys, 0, 7, num_keys, num_keys - 1])
+    mask = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask &= torch.arange(6) < torch.tensor(counts)[:, None, None]
+    mask[:, 0] = False
+    together = MediaLayout.from_media_mask(mask, num_media=counts, media_seqlens=lengths)
+    alone = [
+        MediaLayout.from_media_mask(
+            mask[sample : sample + 1, :, :count], 6, media_seqlens=lengths.split(counts)[sample]
+        )
+        for sample, count in enumerate(counts)
+    ]
+    return together, alone
+
+
+@pytest.mark.parametrize("unattended", ["zero", "dense"])
+@pytest.mark.parametrize(
+    ("num_keys", "dtype"), [(8, BF16), (8, torch.float32), (64, BF16), (300, BF16)]
+)
+@every_impl
+def test_a_sample_does_not_depend_on_the_batch(impl, num_keys, dtype, unattended, guarded):
+    """Nor do its gradients. The keys of media of 300 tokens are split, those of one medium not."""
+    together, alone = _masks_of_three_samples(num_keys)
+    inputs = inputs_of(together, dtype, num_keys=num_keys)
+    dout = random_tensor(tuple(inputs["q"].shape), dtype, seed=9)
+
+    def run(layout, q, k, v, dout):
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        out = ff.masked_cross_attention(*leaves, layout, unattended=unattended, impl=impl)
+        return [out, *torch.autograd.grad(out, leaves, dout, allow_unused=True)]
+
+    everything = run(together, **inputs, dout=dout)
+    for sample in range(2):
+        row = slice(sample, sample + 1)
+        media = slice(*together.cu_media[sample : sample + 2].tolist())
+        of_sample = (row, row, media, media)
+        q, k, v = inputs.values()
+        one = run(alone[sample], q[row], k[media], v[media], dout[row])
+        for tensor, expected, part in zip(everything, one, of_sample, strict=True):
+            assert torch.equal(tensor[part], expected)
+    assert not everything[0][2].any()
+    combined = [launch for launch in guarded.launches if launch.kernel == COMBINE]
+    assert len(combined) == (2 if impl == "triton" and num_keys == 300 else 0)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 4])
+@pytest.mark.parametrize("num_keys", [8, 300])
+def test_last_tokens_are_those_of_the_whole_text(num_keys, num_tokens, guarded):
+    """Where all have their keys split, or none."""
+    together, _ = _masks_of_three_samples(num_keys)
+    q, k, v = (tensor.detach() for tensor in inputs_of(together, num_keys=num_keys).values())
+    attend = functools.partial(ff.masked_cross_attention, unattended="dense", impl="triton")
+    last = attend(q[:, 5 - num_tokens :], k, v, together.last(num_tokens))
+    assert torch.equal(last, attend(q, k, v, together)[:, 5 - num_tokens :])
+
+
+def _launches(setting: Setting, frozen, backward: bool):
+    """What a bf16 forward, or its backward, launches; q, k and v."""
+    inputs = setting.inputs(frozen=frozen)
+    with guard() as forward:
+        out = setting.call("triton")(**inputs)
+    if not backward:
+        return forward.launches, inputs
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    dout = random_tensor(tuple(out.shape), BF16, seed=9)
+    with guard() as guarded:
+        torch.autograd.grad(out, wanted, dout)
+    return guarded.launches, inputs
+
+
+@every_setting
+def test_frozen_media_move_no_bytes_of_dk_and_dv(setting):
+    launches, inputs = _launches(setting, ("k", "v"), backward=True)
+    assert [launch.kernel for launch in launches] == [DQ]
+    assert launches[0].bytes_stored == inputs["q"].nbytes
+
+
+@pytest.mark.parametrize("frozen", [("q",), ("q", "k"), ("q", "v")], ids=lambda n: "".join(n))
+def test_frozen_queries_move_no_bytes_of_dq(frozen):
+    """The kernel of dq makes the row sums of dout * out, and nothing else."""
+    launches, inputs = _launches(SETTINGS["holes_dense"], frozen, backward=True)
+    assert [launch.kernel for launch in launches] == [DQ, DKV]
+    assert launches[0].bytes_loaded == 2 * inputs["q"].nbytes
+    assert launches[0].bytes_stored == 4 * inputs["q"].shape[:3].numel()
+    assert launches[1].bytes_stored == 2 * inputs["k"].nbytes
+
+
+@pytest.mark.parametrize("frozen", [("q",), ("k", "v")], ids=lambda n: "".join(n))
+@every_setting
+@every_impl
+def test_frozen_inputs_change_no_other_gradient(impl, setting, frozen, guarded):
+    everything, some = setting.run(impl), setting.run(impl, frozen=frozen)
+    assert some.keys() == everything.keys() - {f"d{name}" for name in frozen}
+    assert_equal(some, {name: everything[name] for name in some})
+
+
+@pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["training", "inference"])
+@every_setting
+def test_the_log_sum_is_stored_for_a_backward_only(setting, frozen):
+    launches, inputs = _launches(setting, frozen, backward=False)
+    log_sums = 0 if frozen else 4 * inputs["q"].shape[:3].numel()
+    assert launches[-1].bytes_stored == inputs["q"].nbytes + log_sums
+
+
+@pytest.mark.parametrize("num_keys", [8, 64])
+def test_only_media_that_are_attended_to_are_read(num_keys):
+    """Nor padding: of five media one has no row, one no valid token, one is half empty."""
+    mask = torch.tensor([[[1, 0, 0, 1, 0], [0, 0, 1, 0, 1]]])
+    lengths = torch.tensor([num_keys, num_keys, 0, num_keys, num_keys // 2])
+    setting = Setting(lambda: MediaLayout.from_media_mask(mask, media_seqlens=lengths), num_keys)
+    launches, inputs = _launches(setting, ("q", "k", "v"), backward=False)
+    key_bytes = 2 * inputs["k"][0, 0].nbytes
+    keys = int(lengths[[0, 3, 4]].sum())
+    schedule = launches[0].bytes_loaded - inputs["q"].nbytes - keys * key_bytes
+    assert 0 < schedule < key_bytes * num_keys // 2
+
+
+@pytest.mark.parametrize("num_media", [2, 20])
+@every_impl
+def test_saved_for_backward(impl, num_media, guarded):
+    """q, k, v, the layout, the output and a log-sum a row and head: nothing of L * N."""
+    images = (tuple(range(0, 60, 60 // num_media)),)
+    layout = _all_previous(images, (num_media,), seqlen=60)
+    inputs = inputs_of(layout, num_keys=80 // num_media)
+    given = [*inputs.values(), *pytree.tree_leaves(layout)]
+    given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
+    others = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given_storages:
+            others[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
+    assert out.requires_grad
+    assert sorted(others.values()) == [4 * 60 * 4, out.nbytes]
+
+
+LOCATIONS = torch.zeros(2, 300, dtype=torch.bool, device="meta")
+COUNTS = torch.zeros(2, dtype=torch.int64, device="meta")
+STARTS = torch.zeros(2, 300, dtype=torch.int64, device="meta")
+MASK = torch.zeros(2, 300, 3, dtype=torch.bool, device="meta")
+TILES = torch.zeros(2, 300, 3, 4, dtype=torch.int64, device="meta")
+META_LENGTHS = torch.zeros(6, dtype=torch.int64, device="meta")
+from_mask = functools.partial(MediaLayout.from_media_mask, MASK)
+
+LAYOUTS_ON_META = {
+    "all_previous": lambda: MediaLayout.from_media_locations(LOCATIONS, 3, "all_previous"),
+    "intervals": lambda: MediaLayout.from_intervals(STARTS, STARTS, [2, 4], 3),
+    "mask": from_mask,
+    "one_hot_mask": lambda: from_mask(1),
+    "mask_of_integers": lambda: MediaLayout.from_media_mask(MASK.long()),
+    "mask_and_counts": lambda: from_mask(num_media=[3, 2]),
+    "mask_and_counts_on_the_device": lambda: from_mask(num_media=COUNTS, media_total=6),
+    "mask_and_media_seqlens": lambda: from_mask(media_seqlens=META_LENGTHS),
+    "tile_mask": lambda: MediaLayout.from_tile_mask(TILES, 5),
+    "packed": lambda: MediaLayout.packed(LOCATIONS, [0, 100, 300, 600], [2, 3, 1], "all_previous"),
+    "packed_on_the_device": lambda: MediaLayout.packed(
+        LOCATIONS, COUNTS, torch.zeros(1, dtype=torch.int64, device="meta"), media_total=6
+    ),
+    "last": lambda: from_mask().last(200),
+    "cat_of_samples": lambda: MediaLayout.cat([from_mask(), LAYOUTS_ON_META["all_previous"]()]),
+    "cat_of_text": lambda: MediaLayout.cat([from_mask(), from_mask().last(1)], dim=1),
+    "cat_of_seqlens": lambda: MediaLayout.cat([from_mask(), from_mask(media_seqlens=META_LENGTHS)]),
+    "to": lambda: _holes().to("meta"),
+}
+
+
+@pytest.mark.parametrize("make_layout", LAYOUTS_ON_META.values(), ids=LAYOUTS_ON_META.keys())
+def test_layouts_are_built_without_a_host_sync(make_layout):
+    with no_host_sync():
+        layout = make_layout()
+        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
+    assert layout.device.type == "meta"
+    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+
+
+@pytest.fixture
+def real_launchers(monkeypatch):
+    use_real_launchers(monkeypatch, several_media_attention)
+
+
+ON_META = [
+    ("all_previous", {}),
+    ("mask", {"unattended": "dense"}),
+    ("mask_and_counts_on_the_device", {}),
+    ("mask_and_media_seqlens", {"unattended": "dense", "num_keys": 200}),
+    ("tile_mask", {"unattended": "dense", "past_last": "uniform", "num_keys": 20}),
+    ("one_hot_mask", {"num_keys": 200}),
+    ("packed", {}),
+]
+
+
+@pytest.mark.parametrize("frozen", [(), ("k", "v"), ("q",)], ids=lambda n: "".join(n) or "none")
+@pytest.mark.parametrize(("name", "options"), ON_META, ids=str)
+def test_real_launchers_make_no_host_sync(name, options, frozen, real_launchers):
+    kernels = [FORWARD, DQ] if "k" in frozen else [FORWARD, DQ, DKV]
+    launched = run_on_meta(LAYOUTS_ON_META[name](), frozen, impl="triton", **options)
+    assert launched == kernels
+
+
+def test_launchers_of_splits_make_no_host_sync(real_launchers):
+    layout = LAYOUTS_ON_META["tile_mask"]().last(1)
+    launched = run_on_meta(layout, impl="triton", unattended="dense", num_keys=6404)
+    assert launched == [FORWARD, COMBINE, DQ, DKV]
+
+
+@pytest.mark.parametrize("planted", ["_forward", "_backward"])
+def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
+    real = getattr(several_media_attention, planted)
+
+    def synchronising(first, *rest):
+        first.sum().item()
+        return real(first, *rest)
+
+    monkeypatch.setattr(several_media_attention, f"{planted}_op", synchronising)
+    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
+        run_on_meta(from_mask(), impl="triton")
+
+
+LARGEST, LOWEST = 2**31 - 1, -(2**31)
+
+
+def _with_garbage(tensor: torch.Tensor, garbage: int, seed: int = 0) -> torch.Tensor:
+    """A third of the elements are garbage."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(tensor.shape, generator=generator) < 0.3, garbage, tensor)
+
+
+@pytest.mark.parametrize("num_keys", [8, 64])
+@pytest.mark.parametrize("unattended", ["zero", "dense"])
+@pytest.mark.parametrize("bound", ["media_start", "media_end"])
+def test_intervals_of_garbage(bound, unattended, num_keys):
+    """As on a GPU, where nobody validates them: their rows get something, and others what is right.
+
+    70 media are two words of bits.
+    """
+    mask = torch.rand(2, 6, 70, generator=torch.Generator().manual_seed(0)) < 0.1
+    layout = MediaLayout.from_media_mask(mask, media_seqlens=torch.arange(140) % (num_keys + 3))
+    setting = Setting(lambda: layout, num_keys, unattended)
+    with guard():
+        sound = setting.run("triton")["out"]
+    for garbage in (LARGEST, LOWEST, -1, 71):
+        values = _with_garbage(getattr(layout, bound), garbage)
+        hostile = MediaLayout._with_schedule(
+            values if bound == "media_start" else layout.media_start,
+            values if bound == "media_end" else layout.media_end,
+            layout.cu_media,
+            layout.media_seqlens,
+            140,
+            70,
+            70,
+            in_order=False,
+            media_bits=layout.media_bits,
+        )
+        with guard():
+            found = setting.run("triton", hostile)
+        assert all(tensor.isfinite().all() for tensor in found.values())
+        untouched = values == getattr(layout, bound)
+        assert untouched.any() and not untouched.all()
+        assert torch.equal(found["out"][untouched], sound[untouched])
+
+
+@pytest.mark.parametrize("num_keys", [8, 64])
+@pytest.mark.parametrize("garbage", [(LARGEST, LOWEST), (-1, 2), (LOWEST, LOWEST), (17, LARGEST)])
+def test_rows_of_media_of_garbage(garbage, num_keys):
+    """They choose the rows that are walked, never whether these attend."""
+    layout = _holes()
+    rows = torch.stack(
+        [_with_garbage(layout.media_rows[:, bound], garbage[bound], bound) for bound in (0, 1)], 1
+    )
+    for unattended in ("zero", "dense"):
+        setting = Setting(_holes, num_keys, unattended)
+        with guard():
+            found = setting.run("triton", dataclasses.replace(layout, media_rows=rows))
+        assert all(tensor.isfinite().all() for tensor in found.values())
+    expected = setting.run("triton")
+    assert torch.equal(found["out"], expected["out"]) and torch.equal(found["dq"], expected["dq"])
+
+
+@pytest.mark.parametrize("num_keys", [8, 64])
+@pytest.mark.parametrize(
+    "cu_media", [(LARGEST, 5, 10), (0, LARGEST, 10), (0, LOWEST, 10), (3, 7, LOWEST), (9, 4, 4)]
+)
+def test_counts_of_garbage(cu_media, num_keys):
+    """The last sample gets what the others leave."""
+    hostile = dataclasses.replace(_holes(), cu_media=torch.tensor(cu_media, dtype=torch.int32))
+    for unattended in ("zero", "dense"):
+        with guard() as guarded:
+            found = Setting(_holes, num_keys, unattended).run("triton", hostile)
+        assert [launch.kernel for launch in guarded.launches] == [FORWARD, DQ, DKV]
+        assert found["out"].isfinite().all() and found["dq"].isfinite().all()
+
+
+@pytest.mark.parametrize("num_keys", [8, 64])
+def test_bits_beyond_the_media(num_keys, guarded):
+    """They don't exist, and tokens outside of the interval are not attended to."""
+    layout = _holes()
+    beyond = layout.media_bits | ~((1 << layout.media_end.long()) - 1)[..., None]
+    setting = Setting(_holes, num_keys)
+    found = setting.run("triton", dataclasses.replace(layout, media_bits=beyond))
+    assert_equal(found, setting.run("triton"))
+
+
+def test_lengths_of_garbage():
+    lengths = torch.tensor([LARGEST, LOWEST, -1, 9, 300, 0, LARGEST, 3, LOWEST, 8])
+    setting = Setting(_all_previous)
+    hostile = dataclasses.replace(_all_previous(), media_seqlens=lengths[:5].int())
+    sound = _all_previous(media_seqlens=lengths[:5].clamp(0, 8))
+    with guard():
+        assert_equal(setting.run("triton", hostile), setting.run("triton", sound))
+
+
+def test_splits_of_garbage():
+    layout = _split()
+    lengths = torch.tensor([LARGEST, -1, LOWEST, 290, 4], dtype=torch.int32)
+    hostile = dataclasses.replace(
+        layout,
+        media_start=_with_garbage(layout.media_start, LOWEST),
+        media_end=_with_garbage(layout.media_end, LARGEST, seed=1),
+        media_seqlens=lengths,
+    )
+    for unattended in ("zero", "dense"):
+        with guard() as guarded:
+            found = Setting(_split, 300, unattended).run("triton", hostile)
+        assert [launch.kernel for launch in guarded.launches] == [FORWARD, COMBINE, DQ, DKV]
+        assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@pytest.mark.parametrize("num_keys", [8, 64])
+def test_media_that_counts_on_a_device_leave_out(num_keys, guarded):
+    """They are nobody's: their gradients are zeros."""
+    mask = torch.ones(2, 4, 3, dtype=torch.bool)
+    counts = torch.tensor([3, 2], device="meta")
+    on_meta = MediaLayout.from_media_mask(mask.to("meta"), num_media=counts, media_total=8)
+    mask[1, :, 2] = False
+    sound = MediaLayout.from_media_mask(mask, num_media=[3, 2])
+    layout = MediaLayout._with_schedule(
+        sound.media_start,
+        sound.media_end,
+        sound.cu_media,
+        None,
+        media_total=8,
+        max_media=on_meta.max_media,
+        max_media_per_token=3,
+        in_order=False,
+        media_bits=sound.media_bits,
+    )
+    found = run_layout(layout, "triton", num_keys=num_keys)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert not found["dk"][5:].any() and not found["dv"][5:].any()
+    assert found["dk"][:5].any(3).any(2).all()
+
+
+def test_offsets_beyond_32_bits():
+    """Batch, token, head, medium and key of strides that only 64 bits count."""
+    far = 2**31 + 64
+    memory = torch.empty(far + 2**16, dtype=BF16)
+    layout = _all_previous(((0, 3), (1, 2)), (2, 2), seqlen=4)
+    near = {name: tensor.detach() for name, tensor in inputs_of(layout).items()}
+    attend = functools.partial(ff.masked_cross_attention, layout=layout, impl="triton")
+    views = {
+        "q": [(far, 2**9, 2**6, 1), (2**9, far // 3 // 8 * 8, 2**6, 1)]
+        + [(2**9, 2**11, far // 3 // 8 * 8, 1)],
+        "k": [(far // 3 // 8 * 8, 2**10, 2**6, 1), (2**6, far // 7 // 8 * 8, 2**9, 1)],
+    }
+    with guard():
+        expected = attend(**near)
+        for name, strides in views.items():
+            for stride in strides:
+                moved = memory.as_strided(near[name].shape, stride).copy_(near[name])
+                assert torch.equal(attend(**near | {name: moved}), expected)
