@@ -76,9 +76,10 @@ def dq_config(
     if dtype == torch.float32:
         return _fp32_config(rows_per_sample, block_d)
     wide = block_d <= 64 or (block_d <= 128 and target.arch in ("sm_90", "sm_100"))
-    return _tuned_config(
-        _block(rows_per_sample, 128 if wide else 64), 32, block_d, num_keys, target
-    )
+    most_rows = 128 if wide else 64
+    if not wide and tiles_cross_media(num_keys, 32):
+        most_rows = 32  # A mask for each score takes registers too.
+    return _tuned_config(_block(rows_per_sample, most_rows), 32, block_d, num_keys, target)
 
 
 def dkv_config(
@@ -97,7 +98,7 @@ def _tuned_config(
     cross_media = tiles_cross_media(num_keys, block_n)
     if cross_media:
         block_n = 32
-    one_stage = target.arch == "gfx942" or block_d > 128 or (cross_media and block_d > 64)
+    one_stage = target.arch == "gfx942" or block_d > 128 or cross_media
     return SeveralMediaConfig(
         block_m,
         block_n,
