@@ -173,8 +173,29 @@ def _several_media_dq_kernel(
                 ds = (p * (dp - delta[:, None])).to(k.dtype)
                 dq = tl.dot(ds, k, dq, input_precision=INPUT_PRECISION)
                 media, tile = next_tile(media, tile, keys, CROSS_MEDIA, NUM_KEYS, BLOCK_N)
-        dq *= softmax_scale
+        # The delta of rows that attend to nothing may be NaN.
+        dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * softmax_scale)
         tl.store(DQ + out_rows[:, None] + offs_d[None, :], dq.to(DQ.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _columns_of_sample(
+    tile,
+    first_medium,
+    num_media,
+    media_total,
+    NUM_KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(word, bit, key, exists, medium) of a tile's columns; no tile is of two words of media."""
+    TILES_PER_WORD: tl.constexpr = (64 * NUM_KEYS + BLOCK_N - 1) // BLOCK_N
+    word = tile // TILES_PER_WORD
+    column = tile % TILES_PER_WORD * BLOCK_N + tl.arange(0, BLOCK_N)
+    bit = column // NUM_KEYS
+    key = column - bit * NUM_KEYS
+    exists = (bit < 64) & (word * 64 + bit < num_media)
+    medium = tl.minimum(first_medium + word * 64 + bit, media_total - 1)
+    return word, tl.minimum(bit, 63), key, exists, medium
 
 
 @triton.jit(do_not_specialize=["media_total", "seqlen", "batch", "num_words", "tiles_per_sample"])
@@ -238,15 +259,10 @@ def _several_media_dkv_kernel(
         first_medium, num_media = load_sample(CU_MEDIA, sample, media_total)
         # All media are some sample's, whatever the layout holds.
         written = tl.where(sample == batch - 1, media_total - first_medium, num_media)
-        TILES_PER_WORD: tl.constexpr = (64 * NUM_KEYS + BLOCK_N - 1) // BLOCK_N
-        word = tile // TILES_PER_WORD
-        column = tile % TILES_PER_WORD * BLOCK_N + offs_n
-        bit = column // NUM_KEYS
-        key = column - bit * NUM_KEYS
-        mask_n = (bit < 64) & (word * 64 + bit < written)
+        word, bit, key, mask_n, medium = _columns_of_sample(
+            tile, first_medium, written, media_total, NUM_KEYS, BLOCK_N
+        )
         exists = mask_n
-        medium = tl.minimum(first_medium + word * 64 + bit, media_total - 1)
-        bit = tl.minimum(bit, 63)
         begin = tl.load(MEDIA_ROWS + medium * 2, mask=mask_n, other=0)
         end = tl.load(MEDIA_ROWS + medium * 2 + 1, mask=mask_n, other=0)
         attended_n = mask_n & (begin < end)
@@ -263,11 +279,14 @@ def _several_media_dkv_kernel(
         attended_n = key < tl.where(begin < end, NUM_KEYS, 0)
         sample = tl.minimum(tl.maximum(begin, 0) // seqlen, batch - 1)
         first_medium, num_media = load_sample(CU_MEDIA, sample, media_total)
-        word = (medium - first_medium) // 64
-        bit = (medium - first_medium) % 64
+        of_sample = tl.maximum(medium - first_medium, 0)
+        word = of_sample // 64
+        bit = of_sample % 64
     # Of the sample's own tokens.
-    begin = tl.maximum(begin - sample * seqlen, 0)
-    end = tl.minimum(end - sample * seqlen, seqlen)
+    sample_begin = sample * seqlen
+    sample_end = sample_begin + seqlen
+    begin = tl.minimum(tl.maximum(begin, sample_begin), sample_end) - sample_begin
+    end = tl.minimum(tl.maximum(end, sample_begin), sample_end) - sample_begin
     valid_n = mask_n
     if MEDIA_SEQLENS is not None:
         valid_n &= key < num_valid_keys(MEDIA_SEQLENS, medium, exists, False, NUM_KEYS)
@@ -336,6 +355,20 @@ def _several_media_dkv_kernel(
     dkv = dkv_head[None, :] + dkv_keys[:, None]
     tl.store(dkv, dk.to(DKV.dtype.element_ty), mask=mask)
     tl.store(dkv + stride_dkv_which, dv.to(DKV.dtype.element_ty), mask=mask)
+    if CROSS_MEDIA:
+        # Counts on a GPU may leave the last sample more media than any should have.
+        last_tile = tl.cdiv(tl.maximum(written, 0), 64) * tl.cdiv(64 * NUM_KEYS, BLOCK_N)
+        last_tile = tl.where(sample == batch - 1, last_tile, 0)
+        for more in range(tile + tiles_per_sample, last_tile, tiles_per_sample):
+            _, _, key, mask_n, medium = _columns_of_sample(
+                more, first_medium, written, media_total, NUM_KEYS, BLOCK_N
+            )
+            dkv_keys = medium.to(tl.int64) * stride_dkv_medium
+            dkv_keys += key.to(tl.int64) * stride_dkv_key
+            dkv = dkv_head[None, :] + dkv_keys[:, None]
+            mask = mask_n[:, None] & mask_d[None, :]
+            tl.store(dkv, 0.0, mask=mask)
+            tl.store(dkv + stride_dkv_which, 0.0, mask=mask)
 
 
 def several_media_bwd(
@@ -425,7 +458,7 @@ def several_media_bwd(
     tiles = media_total * triton.cdiv(num_keys, config.BLOCK_N)
     tiles_per_sample = 0
     if cross_media:
-        words, rest = divmod(max_media, 64)
+        words, rest = divmod(max(max_media, 1), 64)
         tiles_per_sample = words * triton.cdiv(64 * num_keys, config.BLOCK_N)
         tiles_per_sample += triton.cdiv(rest * num_keys, config.BLOCK_N)
         tiles = batch * tiles_per_sample

@@ -167,6 +167,8 @@ def _several_media_fwd_kernel(
             total = total * alpha + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
             media, tile = next_tile(media, tile, keys, CROSS_MEDIA, NUM_KEYS, BLOCK_N)
+    # The sum of a row that attends to nothing may be NaN, from its query or from other rows' keys.
+    total = tl.where(start < end, total, 0.0)
     packed_rows = (kv_head.to(tl.int64) * batch + sample) * seqlen * GROUP + offs_m
     if SPLIT:
         packed_rows += tl.program_id(1).to(tl.int64) * num_kv_heads * batch * seqlen * GROUP
@@ -210,7 +212,7 @@ def _store_rows(
 ):
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    out = acc / total[:, None]
+    out = tl.where(nothing[:, None], 0.0, acc / total[:, None])
     tl.store(OUT + out_rows[:, None] + offs_d[None, :], out.to(OUT.dtype.element_ty), mask=mask)
     if STORE_LSE:
         maximum = tl.where(nothing, 0.0, maximum)

@@ -14,7 +14,7 @@ import triton.language as tl
 def load_sample(CU_MEDIA, sample, media_total):
     """First medium of a sample and their number, in bounds whatever the layout holds."""
     first = tl.minimum(tl.maximum(tl.load(CU_MEDIA + sample), 0), media_total)
-    end = tl.minimum(tl.load(CU_MEDIA + sample + 1), media_total)
+    end = tl.minimum(tl.maximum(tl.load(CU_MEDIA + sample + 1), 0), media_total)
     return first, tl.maximum(end - first, 0)
 
 
@@ -29,7 +29,7 @@ def load_intervals(MEDIA_START, MEDIA_END, rows, mask_m, num_media, DENSE: tl.co
         is_dense = mask_m & (start >= end) & (past_last == 0)
         start = tl.where(is_dense, 0, start)
         end = tl.where(is_dense, num_media, end)
-    return tl.maximum(start, 0), tl.minimum(end, num_media), is_dense
+    return tl.maximum(start, 0), tl.minimum(tl.maximum(end, 0), num_media), is_dense
 
 
 @triton.jit

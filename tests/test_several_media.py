@@ -423,3 +423,74 @@ def test_eager_means_what_the_reference_means(case):
 )
 def test_eager_means_what_the_reference_means_by_masks(case, make_layout):
     _assert_eager_is_the_reference(case, make_layout())
+
+
+@fast_impls
+@pytest.mark.parametrize("num_keys", [5, 64])
+def test_nan_of_a_sample_stays_there(num_keys, impl, guarded):
+    case = AttentionCase(12, images=((3, 9), (0, 5)), heads=1, num_keys=num_keys)
+    case = dataclasses.replace(case, attend="all_previous", unattended="dense")
+    inputs = case.inputs()
+    clean = run_on(case, impl, inputs)
+    dirty = {"q": with_nan(inputs["q"], 1, 7), "k": with_nan(inputs["k"], 2, 4)}
+    dirty["v"] = with_nan(inputs["v"], 3, 0, 0, 1)
+    results = run_on(case, impl, dirty)
+    for name, end in {"out": 1, "dq": 1, "dk": 2, "dv": 2}.items():
+        assert torch.equal(results[name][:end], clean[name][:end])
+        assert results[name][end:].isnan().any()
+
+
+@fast_impls
+@pytest.mark.parametrize("num_keys", [6, 64])
+@pytest.mark.parametrize("unattended", ["zero", "uniform"])
+def test_nan_of_padded_keys_goes_nowhere(unattended, num_keys, impl, guarded):
+    case = AttentionCase(
+        12,
+        images=((3, 9), (2, 5)),
+        heads=1,
+        num_keys=num_keys,
+        attend="all_previous",
+        media_seqlens=(4, num_keys, 0, 1),
+        unattended=unattended,
+    )
+    inputs = case.inputs()
+    clean = run_on(case, impl, inputs)
+    padded = torch.arange(num_keys) >= torch.tensor(case.media_seqlens)[:, None]
+    dirty = {name: with_nan(inputs[name], padded) for name in ("k", "v")}
+    results = run_on(case, impl, inputs | dirty)
+    assert_bits_equal(results, clean)
+    assert not results["dk"][padded].any() and not results["dv"][padded].any()
+
+
+@fast_impls
+@pytest.mark.parametrize("num_keys", [5, 64, 300])
+def test_nan_of_rows_before_the_first_medium_goes_nowhere(num_keys, impl, guarded):
+    case = AttentionCase(8, images=((3, 4, 5, 6), (5,)), num_media=4, heads=1, num_keys=num_keys)
+    case = dataclasses.replace(case, attend="all_previous")
+    inputs = case.inputs()
+    clean = run_on(case, impl, inputs)
+    silent = ~case.layout().attends()
+    assert silent.sum() == 3 + 5
+    q, dout = with_nan(inputs["q"], silent), with_nan(case.dout(), silent)
+    assert_bits_equal(run_on(case, impl, inputs | {"q": q}, dout), clean)
+
+
+@fast_impls
+@pytest.mark.parametrize("num_keys", [5, 64])
+def test_nan_that_nothing_attends_to_stays_in_its_own_gradient(num_keys, impl, guarded):
+    """A medium that masks leave out, as padded images of IDEFICS, and rows between others."""
+    layout = MediaLayout.from_media_mask(
+        _mask("000 101 101 000 101 100", "001 000 001 001 000 001")
+    )
+    case = AttentionCase(6, num_media=3, batch=2, heads=2, kv_heads=1, num_keys=num_keys)
+    inputs = case.inputs()
+    clean = run_on(case, impl, inputs, layout=layout)
+    medium = run_on(
+        case, impl, inputs | {name: with_nan(inputs[name], 1) for name in "kv"}, layout=layout
+    )
+    silent = ~layout.attends()
+    rows = run_on(case, impl, inputs | {"q": with_nan(inputs["q"], silent)}, layout=layout)
+    for results in (medium, rows):
+        assert torch.equal(results["out"], clean["out"]) and torch.equal(results["dq"], clean["dq"])
+    for name in ("dk", "dv"):
+        assert torch.equal(medium[name][[0, 2, 3, 4, 5]], clean[name][[0, 2, 3, 4, 5]])

@@ -365,6 +365,47 @@ def test_saved_for_backward(impl, num_media, guarded):
     assert sorted(others.values()) == [4 * 60 * 4, out.nbytes]
 
 
+def _all_previous_of_32_media() -> MediaLayout:
+    """2048 tokens; image positions at random."""
+    positions = torch.randperm(2048, generator=torch.Generator().manual_seed(0))[:32].tolist()
+    return _all_previous((positions,), (32,), seqlen=2048)
+
+
+def _image_of_four_tiles() -> MediaLayout:
+    """As Mllama's at 560 pixels, of which the last tile is padding."""
+    mask = torch.zeros(1, 512, 1, 4, dtype=torch.bool)
+    mask[:, 10:, :, :3] = True
+    return MediaLayout.from_tile_mask(mask, 1601)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(
+    ("make_layout", "num_keys", "head_dim"),
+    [(_all_previous_of_32_media, 64, 64), (_image_of_four_tiles, 6404, 128)],
+)
+def test_the_torch_implementation_allocates_little(make_layout, num_keys, head_dim, dtype):
+    """Twice the inputs, and a number of bytes: nothing of rows times keys."""
+    layout = make_layout()
+    q_shape, k_shape = (*layout.media_start.shape, 8, head_dim), (num_keys, 8, head_dim)
+    q, k, v, dout = (
+        random_tensor(shape, dtype, seed=seed, requires_grad=seed < 3)
+        for seed, shape in enumerate(
+            [q_shape, (layout.media_total, *k_shape), (layout.media_total, *k_shape), q_shape]
+        )
+    )
+    attend = functools.partial(
+        ff.masked_cross_attention, layout=layout, unattended="dense", impl="torch"
+    )
+    outputs = []
+    forward = peak_bytes(lambda: outputs.append(attend(q, k, v)))
+    backward = peak_bytes(lambda: torch.autograd.grad(outputs[0], (q, k, v), dout))
+    scores = 4 * q[..., 0].numel() * layout.max_media * num_keys
+    limit = 2 * (q.nbytes + k.nbytes) + (16 << 20)
+    assert limit < scores / 3
+    assert q.nbytes <= forward <= limit
+    assert q.nbytes + 2 * k.nbytes <= backward <= limit
+
+
 LOCATIONS = torch.zeros(2, 300, dtype=torch.bool, device="meta")
 COUNTS = torch.zeros(2, dtype=torch.int64, device="meta")
 STARTS = torch.zeros(2, 300, dtype=torch.int64, device="meta")
@@ -456,69 +497,103 @@ def _with_garbage(tensor: torch.Tensor, garbage: int, seed: int = 0) -> torch.Te
     return torch.where(torch.rand(tensor.shape, generator=generator) < 0.3, garbage, tensor)
 
 
-@pytest.mark.parametrize("num_keys", [8, 64])
-@pytest.mark.parametrize("unattended", ["zero", "dense"])
-@pytest.mark.parametrize("bound", ["media_start", "media_end"])
-def test_intervals_of_garbage(bound, unattended, num_keys):
-    """As on a GPU, where nobody validates them: their rows get something, and others what is right.
-
-    70 media are two words of bits.
-    """
-    mask = torch.rand(2, 6, 70, generator=torch.Generator().manual_seed(0)) < 0.1
-    layout = MediaLayout.from_media_mask(mask, media_seqlens=torch.arange(140) % (num_keys + 3))
-    setting = Setting(lambda: layout, num_keys, unattended)
-    with guard():
-        sound = setting.run("triton")["out"]
-    for garbage in (LARGEST, LOWEST, -1, 71):
-        values = _with_garbage(getattr(layout, bound), garbage)
-        hostile = MediaLayout._with_schedule(
-            values if bound == "media_start" else layout.media_start,
-            values if bound == "media_end" else layout.media_end,
-            layout.cu_media,
-            layout.media_seqlens,
-            140,
-            70,
-            70,
-            in_order=False,
-            media_bits=layout.media_bits,
-        )
-        with guard():
-            found = setting.run("triton", hostile)
-        assert all(tensor.isfinite().all() for tensor in found.values())
-        untouched = values == getattr(layout, bound)
-        assert untouched.any() and not untouched.all()
-        assert torch.equal(found["out"][untouched], sound[untouched])
-
-
-@pytest.mark.parametrize("num_keys", [8, 64])
-@pytest.mark.parametrize("garbage", [(LARGEST, LOWEST), (-1, 2), (LOWEST, LOWEST), (17, LARGEST)])
-def test_rows_of_media_of_garbage(garbage, num_keys):
-    """They choose the rows that are walked, never whether these attend."""
-    layout = _holes()
-    rows = torch.stack(
-        [_with_garbage(layout.media_rows[:, bound], garbage[bound], bound) for bound in (0, 1)], 1
+def _with_bounds(layout: MediaLayout, **bounds) -> MediaLayout:
+    """As on a GPU, where nobody validates them."""
+    return MediaLayout._with_schedule(
+        bounds.get("media_start", layout.media_start),
+        bounds.get("media_end", layout.media_end),
+        layout.cu_media,
+        layout.media_seqlens,
+        layout.media_total,
+        layout.max_media,
+        layout.max_media_per_token,
+        in_order=False,
+        media_bits=layout.media_bits,
     )
-    for unattended in ("zero", "dense"):
-        setting = Setting(_holes, num_keys, unattended)
-        with guard():
-            found = setting.run("triton", dataclasses.replace(layout, media_rows=rows))
-        assert all(tensor.isfinite().all() for tensor in found.values())
-    expected = setting.run("triton")
-    assert torch.equal(found["out"], expected["out"]) and torch.equal(found["dq"], expected["dq"])
 
 
-@pytest.mark.parametrize("num_keys", [8, 64])
+@functools.cache
+def _run_of_holes(num_keys: int, unattended: str) -> dict[str, torch.Tensor]:
+    return Setting(_holes, num_keys, unattended).run("triton")
+
+
 @pytest.mark.parametrize(
-    "cu_media", [(LARGEST, 5, 10), (0, LARGEST, 10), (0, LOWEST, 10), (3, 7, LOWEST), (9, 4, 4)]
+    ("num_keys", "unattended", "garbage"),
+    [(8, "zero", LARGEST), (8, "dense", LOWEST), (64, "dense", -1), (64, "zero", LOWEST)],
 )
-def test_counts_of_garbage(cu_media, num_keys):
-    """The last sample gets what the others leave."""
+@pytest.mark.parametrize("bound", ["media_start", "media_end"])
+def test_intervals_of_garbage(bound, garbage, unattended, num_keys):
+    """Their rows get something, and others what is right."""
+    setting = Setting(_holes, num_keys, unattended)
+    sound = _holes()
+    values = _with_garbage(getattr(sound, bound), garbage)
+    with guard():
+        found = setting.run("triton", _with_bounds(sound, **{bound: values}))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    untouched = values == getattr(sound, bound)
+    assert untouched.any() and not untouched.all()
+    expected = _run_of_holes(num_keys, unattended)
+    assert torch.equal(found["out"][untouched], expected["out"][untouched])
+
+
+def test_an_interval_that_ends_far_before_it_starts_is_empty(guarded):
+    """Also in the second word of its media."""
+    mask = torch.zeros(1, 3, 70, dtype=torch.bool)
+    mask[0, [0, 1, 2], [3, 68, 2]] = True
+    layout = MediaLayout.from_media_mask(mask)
+    ends = torch.tensor([[4, 69, LOWEST]], dtype=torch.int32)
+    out = run_layout(_with_bounds(layout, media_end=ends), "triton", frozen=("k", "v"))["out"]
+    assert not out[0, 2].any()
+    expected = run_layout(layout, "triton", frozen=("k", "v"))["out"]
+    assert torch.equal(out[:, :2], expected[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "unattended", "garbage"),
+    [
+        (8, "zero", (LARGEST, LOWEST)),
+        (8, "dense", (LOWEST, LARGEST)),
+        (64, "zero", (LARGEST, LARGEST)),
+        (64, "zero", (LOWEST, LOWEST)),
+        (64, "dense", (17, -1)),
+    ],
+)
+def test_rows_of_media_of_garbage(garbage, unattended, num_keys):
+    """They choose the rows that dK and dV are summed over, and nothing else."""
+    sound, setting = _holes(), Setting(_holes, num_keys, unattended)
+    rows = [_with_garbage(sound.media_rows[:, bound], garbage[bound], bound) for bound in (0, 1)]
+    with guard():
+        found = setting.run("triton", dataclasses.replace(sound, media_rows=torch.stack(rows, 1)))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    expected = _run_of_holes(num_keys, unattended)
+    assert torch.equal(found["out"], expected["out"])
+    assert torch.equal(found["dq"], expected["dq"])
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "unattended", "cu_media"),
+    [
+        (8, "zero", (LARGEST, 5, 10)),
+        (64, "dense", (0, LARGEST, 10)),
+        (8, "dense", (0, LOWEST, 10)),
+        (64, "zero", (3, 7, LOWEST)),
+        (64, "zero", (9, 4, 4)),
+    ],
+)
+def test_counts_of_garbage(cu_media, unattended, num_keys):
     hostile = dataclasses.replace(_holes(), cu_media=torch.tensor(cu_media, dtype=torch.int32))
-    for unattended in ("zero", "dense"):
-        with guard() as guarded:
-            found = Setting(_holes, num_keys, unattended).run("triton", hostile)
-        assert [launch.kernel for launch in guarded.launches] == [FORWARD, DQ, DKV]
-        assert found["out"].isfinite().all() and found["dq"].isfinite().all()
+    with guard() as guarded:
+        found = Setting(_holes, num_keys, unattended).run("triton", hostile)
+    assert [launch.kernel for launch in guarded.launches] == [FORWARD, DQ, DKV]
+    assert found["out"].isfinite().all() and found["dq"].isfinite().all()
+
+
+def test_a_medium_before_the_first_of_its_sample(guarded):
+    """Its word of bits would be before the first one of all."""
+    layout = MediaLayout.from_media_mask(torch.eye(140, dtype=torch.bool)[None, :1])
+    hostile = dataclasses.replace(layout, cu_media=torch.tensor([139, 140], dtype=torch.int32))
+    found = run_layout(hostile, "triton", num_keys=64, frozen=("q",))
+    assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 @pytest.mark.parametrize("num_keys", [8, 64])
@@ -528,7 +603,7 @@ def test_bits_beyond_the_media(num_keys, guarded):
     beyond = layout.media_bits | ~((1 << layout.media_end.long()) - 1)[..., None]
     setting = Setting(_holes, num_keys)
     found = setting.run("triton", dataclasses.replace(layout, media_bits=beyond))
-    assert_equal(found, setting.run("triton"))
+    assert_equal(found, _run_of_holes(num_keys, "zero"))
 
 
 def test_lengths_of_garbage():
