@@ -11,11 +11,14 @@ from attention_cases import (
     HEAD_DIMS,
     MEMORY_LAYOUTS,
     AttentionCase,
+    assert_bits_equal,
     cases,
     check,
     fast_impls,
     impls,
     run,
+    run_on,
+    with_nan,
 )
 
 from flamingo_fast.layout import MediaLayout

@@ -18,10 +18,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from flamingo_fast.ops.cpu_buffers import Buffers
+
 # The forward's temporaries: rows of a block, keys that are gathered, elements of a mask.
 _FORWARD_ROWS, _GATHERED_KEYS, _MASK_ELEMENTS = 512, 1024, 2**19
 # The backward's: scores of a block of rows and a chunk of keys.
-_SCORES, _CHUNK_KEYS = 2**19, 512
+_SCORES, _CHUNK_KEYS = 2**20, 512
 # Blocks of rows that attend to different media: rows at most, and what a block takes, in units of
 # one row and one key. A call costs as much as so many more rows and keys.
 _MIXED_ROWS, _ROWS_OF_A_CALL, _KEYS_OF_A_CALL, _COST_OF_A_MASK = 256, 32, 64, 1.125
@@ -341,24 +343,6 @@ def _has_fast_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-class _Memory:
-    """Tensors by name; one of a name is in the memory of the one before."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        numel = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[name] = torch.empty(numel, dtype=dtype)
-        return buffer[:numel].view(shape)
-
-    def copy(self, name: str, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        copy = self.take(name, source.shape, dtype)
-        return copy.copy_(source)
-
-
 def several_media_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -387,7 +371,7 @@ def several_media_backward(
     dq.zero_()
     dkv.zero_()
     gradients = dkv.flatten(1, 2) if need_dkv else None
-    memory = _Memory()
+    buffers = Buffers()
     layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
     most_rows = max(_SCORES // (_CHUNK_KEYS * q.shape[2]), 1)
     for sample in _samples(*layout, k.shape[1], most_rows):
@@ -407,7 +391,7 @@ def several_media_backward(
             softmax_scale,
             dq_sum,
             gradients,
-            memory,
+            buffers,
         )
         if dq_sum is not None and not in_place:
             rows = slice(None) if sample.rows is None else sample.rows
@@ -434,23 +418,29 @@ def _sample_backward(
     softmax_scale: float,
     dq: torch.Tensor | None,
     dkv: torch.Tensor | None,
-    memory: _Memory,
+    buffers: Buffers,
 ) -> None:
-    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64, and sets dkv, (2, keys, Hkv, D)."""
+    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64, and sets dkv, (2, keys, Hkv, D).
+
+    Passes over the scores cost as much as the products. So what is subtracted from scores, and from
+    their gradients, is columns of the products' factors, beside columns of ones.
+    """
     wide = lse.dtype
     narrow = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
     _, kv_heads, group, head_dim = q.shape
+    # Rounded to bf16, a sum takes two columns: what is left of it is in the second.
+    sums = 1 if narrow == wide else 2
 
-    def heads_first(name: str, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        copy = memory.take(name, source.transpose(0, 1).shape, dtype)
-        return copy.copy_(source.transpose(0, 1)).flatten(1, 2)
+    def with_columns(name: str, rows: int, more: int, dtype: torch.dtype) -> torch.Tensor:
+        # Rows that begin at multiples of 64 bytes.
+        memory = buffers.take(name, (kv_heads, rows, (head_dim + more + 31) // 32 * 32), dtype)
+        return memory[..., : head_dim + more]
 
     for chunk, blocks in _chunks(sample):
         num_keys = sum(end - begin for _, begin, end in chunk)
-        chunk_k, chunk_v, dk, dv = (
-            memory.take(name, (kv_heads, num_keys, head_dim), dtype)
-            for name, dtype in (("k", wide), ("v", narrow), ("dk", wide), ("dv", wide))
-        )
+        chunk_k = with_columns("k", num_keys, 1, wide)
+        chunk_v = with_columns("v", num_keys, sums, narrow)
+        dk, dv = (buffers.take(name, (kv_heads, num_keys, head_dim), wide) for name in ("dk", "dv"))
         ranges = []
         column = 0
         for _, begin, end in _joined(chunk):
@@ -458,49 +448,53 @@ def _sample_backward(
             ranges.append((slice(begin, end), columns))
             column = columns.stop
         for of_chunk, columns in ranges:
-            chunk_k[:, columns].copy_(keys[of_chunk].transpose(0, 1))
-            chunk_v[:, columns].copy_(values[of_chunk].transpose(0, 1))
+            chunk_k[:, columns, :head_dim].copy_(keys[of_chunk].transpose(0, 1))
+            chunk_v[:, columns, :head_dim].copy_(values[of_chunk].transpose(0, 1))
+        chunk_k[..., head_dim:] = 1
+        chunk_v[..., head_dim:] = 1
         dk.zero_()
         dv.zero_()
-        k_narrow = (
-            chunk_k
-            if narrow == wide
-            else memory.take("k_narrow", chunk_k.shape, narrow).copy_(chunk_k)
-        )
+        k_narrow = chunk_k[..., :head_dim]
+        if narrow != wide:
+            k_narrow = buffers.take("k_narrow", k_narrow.shape, narrow).copy_(k_narrow)
         for block in blocks:
             rows = slice(block.begin, block.end)
-            queries = heads_first("q", q[rows], wide)
-            q_narrow = queries if narrow == wide else heads_first("q_narrow", q[rows], narrow)
-            douts = heads_first("dout", dout[rows], narrow)
-            block_lse, block_delta = (
-                x[rows].transpose(0, 1).flatten(1, 2)[..., None] for x in (lse, delta)
-            )
+            num_rows = (block.end - block.begin) * group
+            queries = with_columns("q", num_rows, 1, wide)
+            douts = with_columns("dout", num_rows, sums, narrow)
+            for buffer, source in ((queries, q[rows]), (douts, dout[rows])):
+                by_token = buffer.unflatten(1, (-1, group))[..., :head_dim]
+                by_token.copy_(source.transpose(0, 1))
+            block_lse, block_delta = (x[rows].transpose(0, 1).flatten(1, 2) for x in (lse, delta))
+            torch.div(block_lse, -softmax_scale, out=queries[..., head_dim])
+            douts[..., head_dim] = -block_delta
+            if sums == 2:
+                douts[..., head_dim + 1] = -block_delta - douts[..., head_dim]
+            of_heads, q_narrow = douts[..., :head_dim], queries[..., :head_dim]
+            if narrow != wide:
+                q_narrow = buffers.take("q_narrow", q_narrow.shape, narrow).copy_(q_narrow)
             for columns, parts in _ranges(chunk, block):
-                shape = (kv_heads, queries.shape[1], columns.stop - columns.start)
-                p = memory.take("p", shape, wide)
+                shape = (kv_heads, num_rows, columns.stop - columns.start)
+                p = buffers.take("p", shape, wide)
                 torch.baddbmm(
                     p, queries, chunk_k[:, columns].mT, beta=0, alpha=softmax_scale, out=p
                 )
-                p.sub_(block_lse).exp_()
+                p.exp_()
                 attends = sample.columns(block, parts, group)
                 if attends is not None:
                     p.masked_fill_(~attends, 0)
-                dp = torch.bmm(douts, chunk_v[:, columns].mT, out=memory.take("dp", shape, narrow))
-                ds = dp
-                p_narrow = p
                 if narrow != wide:
-                    ds = memory.take("ds", shape, wide).copy_(dp)
-                    p_narrow = memory.take("p_narrow", shape, narrow).copy_(p)
-                ds.sub_(block_delta).mul_(p)
-                ds_narrow = ds if narrow == wide else dp.copy_(ds)
+                    p = buffers.take("p_narrow", shape, narrow).copy_(p)
+                ds = torch.bmm(douts, chunk_v[:, columns].mT, out=buffers.take("ds", shape, narrow))
+                ds.mul_(p)
                 if dkv is not None:
-                    _add_product(dv[:, columns], p_narrow.mT, douts, memory)
-                    _add_product(dk[:, columns], ds_narrow.mT, q_narrow, memory)
+                    _add_product(dv[:, columns], p.mT, of_heads, buffers)
+                    _add_product(dk[:, columns], ds.mT, q_narrow, buffers)
                 if dq is not None:
                     product = torch.bmm(
-                        ds_narrow,
+                        ds,
                         k_narrow[:, columns],
-                        out=memory.take("dq", q_narrow.shape, narrow),
+                        out=buffers.take("dq", q_narrow.shape, narrow),
                     )
                     block_dq = dq[rows].transpose(0, 1)
                     block_dq.add_(product.view(block_dq.shape), alpha=softmax_scale)
@@ -512,13 +506,13 @@ def _sample_backward(
 
 
 def _add_product(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory: _Memory
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, buffers: Buffers
 ) -> None:
     """total += left @ right; a product of narrow tensors is rounded to their type first."""
     if left.dtype == total.dtype:
         torch.baddbmm(total, left, right, out=total)
     else:
-        total.add_(torch.bmm(left, right, out=memory.take("product", total.shape, left.dtype)))
+        total.add_(torch.bmm(left, right, out=buffers.take("product", total.shape, left.dtype)))
 
 
 def _chunks(sample: _Sample) -> Iterator[tuple[list[_Part], list[_Block]]]:
