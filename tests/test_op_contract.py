@@ -107,6 +107,7 @@ def _raw_calls(impl: str):
             + (False, False, True, False, impl),
         ),
         *_raw_attention_calls(impl),
+        *_raw_calls_of_several_media(impl),
     ]
 
 
@@ -140,6 +141,46 @@ def _raw_attention_calls(impl: str):
         gradients(few, torch.float32, (k, v), lengths, True, False, False),
         gradients(few, torch.float32, halves, lengths, True, True, True),
         gradients(sorted_rows, torch.bfloat16, halves, None, False, True, True),
+    ]
+
+
+def _raw_calls_of_several_media(impl: str):
+    """On masks with holes, media of five keys and of more than a split has."""
+    forward = torch.ops.flamingo_fast.several_media_attention_fwd
+    backward = torch.ops.flamingo_fast.several_media_attention_bwd
+    layout = ff.MediaLayout.from_media_mask(
+        torch.tensor([[[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 1]]])
+    )
+    intervals = (layout.media_start, layout.media_end, layout.media_bits)
+    lengths = torch.tensor([3, 0, 5], dtype=torch.int32)
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def media(num_keys, dtype, interleaved=False):
+        both = torch.randn(3, num_keys, 2, 1, 16, dtype=dtype)
+        return both.unbind(2) if interleaved else [half.contiguous() for half in both.unbind(2)]
+
+    def call(dtype, num_keys, seqlens, dense, need_lse):
+        q = torch.randn(1, 4, 2, 16, dtype=dtype)
+        arguments = (q, *media(num_keys, dtype), *intervals, layout.cu_media, seqlens)
+        return forward, (*arguments, 3, dense, 0.25, need_lse, impl)
+
+    def gradients(dtype, seqlens, dense, need_dq, need_dkv, interleaved):
+        q = torch.randn(1, 4, 2, 16, dtype=dtype)
+        log_sums = torch.randn(1, 4, 2)
+        if impl == "triton":
+            log_sums = torch.randn(2 if dtype == fp32 else 1, 1, 1, 4, 2)
+        tensors = (q, q, *media(5, dtype, interleaved), q, log_sums, *intervals)
+        masks = (layout.media_rows, layout.cu_media, seqlens, 3, dense)
+        return backward, (*tensors, *masks, 0.25, need_dq, need_dkv, interleaved, impl)
+
+    return [
+        call(fp32, 5, None, False, True),
+        call(bf16, 5, lengths, True, False),
+        call(bf16, 1100, None, False, True),
+        gradients(fp32, None, False, True, True, False),
+        gradients(bf16, lengths, True, True, True, True),
+        gradients(bf16, None, False, True, False, False),
+        gradients(fp32, lengths, False, False, True, True),
     ]
 
 

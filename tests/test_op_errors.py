@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flamingo_fast as ff
+from flamingo_fast.kernels.launch import Target, recording
 from flamingo_fast.modules import GatedResidualNorm, LayerNorm, RMSNorm
 
 X = torch.randn(4, 8)
@@ -18,6 +19,7 @@ def _gated(x=X, y=X, gate=GATE, weight=WEIGHT, bias=None, eps=1e-5, **kwargs):
 
 LOCATIONS = torch.tensor([[False, True, True, False, False], [True, False, True, False, False]])
 LAYOUT = ff.MediaLayout.from_media_locations(LOCATIONS, 2)
+PACKED = ff.MediaLayout.packed(LOCATIONS, [0, 5, 10], 2)
 Q, K = torch.randn(2, 5, 4, 8), torch.randn(4, 3, 2, 8)
 STARTS = torch.zeros(2, 5, dtype=torch.int64)
 
@@ -127,7 +129,12 @@ def _assert_raises(call, error, words):
         (lambda: _attend(softmax_scale="8"), ValueError, ["softmax_scale", "number", "'8'"]),
         (lambda: _attend(unattended="none"), ValueError, ["unattended", "dense", "none"]),
         (lambda: _attend(past_last="dense"), ValueError, ["past_last", "uniform", "dense"]),
-        (lambda: _attend(impl="flash"), ValueError, ["impl", "sdpa", "flash"]),
+        (lambda: _attend(impl="flash"), ValueError, ["impl", "sdpa", "flash_attn", "'flash'"]),
+        (
+            lambda: _attend(layout=PACKED, unattended="uniform"),
+            ValueError,
+            ["layout", "packed", "unattended", "uniform"],
+        ),
         (lambda: ff.gated_residual(X, X, GATE, impl="sdpa"), ValueError, ["impl", "sdpa"]),
     ],
 )
@@ -138,15 +145,8 @@ def test_errors_of_attention(call, error, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"q": torch.randn(2, 5, 4, 264), "k": torch.randn(4, 3, 2, 264)}, ["128", "264"]),
-        ({"k": torch.randn(4, 129, 2, 8)}, ["128", "129"]),
-        (
-            {"q": torch.randn(2, 5, 4, 136), "k": torch.randn(4, 64, 2, 136)},
-            ["fp32", "64 keys of 136"],
-        ),
+        ({"q": torch.randn(2, 5, 4, 264), "k": torch.randn(4, 3, 2, 264)}, ["256", "264"]),
         ({"q": Q.double(), "k": K.double()}, ["fp32", "fp64"]),
-        ({"unattended": "dense"}, ["dense", "several media"]),
-        ({"layout": _layout(attend="all_previous")}, ["2 media a token", "take 1"]),
     ],
     ids=lambda value: "-".join(value),
 )
@@ -156,6 +156,41 @@ def test_attention_that_the_kernels_do_not_take(arguments, words):
         lambda: _attend(**arguments, impl="triton"), ff.BackendUnavailableError, ["triton", *words]
     )
     torch.testing.assert_close(_attend(**arguments), _attend(**arguments, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernel"),
+    [
+        ({}, "one_medium"),
+        ({"k": torch.randn(4, 129, 2, 8)}, "several_media"),
+        ({"q": torch.randn(2, 5, 4, 136), "k": torch.randn(4, 64, 2, 136)}, "several_media"),
+        ({"unattended": "dense"}, "several_media"),
+        ({"layout": _layout(attend="all_previous")}, "several_media"),
+    ],
+    ids=["one_medium", "129_keys", "fp32_64_keys_of_136", "dense", "all_previous"],
+)
+def test_which_kernels_attention_takes(arguments, kernel):
+    with recording(Target("sm_90", num_sms=132)) as launches:
+        _attend(**arguments, impl="triton")
+    assert [launch.kernel.fn.__name__ for launch in launches] == [f"_{kernel}_fwd_kernel"]
+
+
+@pytest.mark.parametrize("impl", ["varlen", "flash_attn", "xformers"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, ["GPU", "cpu"]),
+        ({"layout": _layout(attend="all_previous")}, ["2 media a token"]),
+        ({"unattended": "dense"}, ['unattended="dense"']),
+    ],
+    ids=["cpu", "all_previous", "dense"],
+)
+def test_libraries_that_cannot_take_the_arguments(arguments, words, impl):
+    """An error by name, never another implementation."""
+    words = [f'impl="{impl}"', *words]
+    _assert_raises(lambda: _attend(**arguments, impl=impl), ff.BackendUnavailableError, words)
+    with ff.use_impl(impl):
+        _assert_raises(lambda: _attend(**arguments), ff.BackendUnavailableError, words)
 
 
 @pytest.mark.parametrize(

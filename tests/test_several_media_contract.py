@@ -374,7 +374,7 @@ def _all_previous_of_32_media() -> MediaLayout:
 
 def _image_of_four_tiles() -> MediaLayout:
     """As Mllama's at 560 pixels, of which the last tile is padding."""
-    mask = torch.zeros(1, 1536, 1, 4, dtype=torch.bool)
+    mask = torch.zeros(1, 3072, 1, 4, dtype=torch.bool)
     mask[:, 10:, :, :3] = True
     return MediaLayout.from_tile_mask(mask, 1601)
 
@@ -385,7 +385,10 @@ def _image_of_four_tiles() -> MediaLayout:
     [(_all_previous_of_32_media, 64, 64), (_image_of_four_tiles, 6404, 128)],
 )
 def test_the_torch_implementation_allocates_little(make_layout, num_keys, head_dim, dtype):
-    """Twice the inputs, and a number of bytes: nothing of rows times keys."""
+    """Twice the inputs, and a number of bytes: nothing of rows times keys.
+
+    PyTorch's flash kernel copies keys and values in bf16.
+    """
     layout = make_layout()
     q_shape, k_shape = (*layout.media_start.shape, 8, head_dim), (num_keys, 8, head_dim)
     q, k, v, dout = (
@@ -401,8 +404,8 @@ def test_the_torch_implementation_allocates_little(make_layout, num_keys, head_d
     forward = peak_bytes(lambda: outputs.append(attend(q, k, v)))
     backward = peak_bytes(lambda: torch.autograd.grad(outputs[0], (q, k, v), dout))
     scores = 4 * q[..., 0].numel() * layout.max_media * num_keys
-    limit = 2 * (q.nbytes + k.nbytes) + (24 << 20)
-    assert limit < scores / 3
+    limit = 2 * (q.nbytes + k.nbytes + v.nbytes) + (24 << 20)
+    assert limit < scores / 2
     assert q.nbytes <= forward <= limit
     assert q.nbytes + 2 * k.nbytes <= backward <= limit
 
