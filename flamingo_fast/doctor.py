@@ -137,7 +137,9 @@ def examine() -> Report:
         _triton_gpu(),
         _op_backend("triton in its interpreter", "triton", cpu),
         _package("torch.nn.attention.varlen", "torch 2.11 or later has it", needs_gpu=True),
-        _package("flash_attn", extra("gpu"), needs_gpu=True),
+        _package(
+            "flash_attn", "pip install flash-attn --no-build-isolation, with nvcc", needs_gpu=True
+        ),
         _package("xformers", extra("gpu"), needs_gpu=True),
         _package("liger_kernel", "pip install liger-kernel", needs_gpu=True),
         _package("timm", extra("models"), needs_gpu=False),

@@ -4,7 +4,6 @@ import torch
 
 from flamingo_fast import reference
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.ops import varlen_attention
 from flamingo_fast.ops.checks import check_attention_inputs
 from flamingo_fast.ops.dispatch import (
     ATTENTION_IMPLS,
@@ -115,8 +114,12 @@ def masked_cross_attention(
     impl = choose_impl(impl, q, _not_in_triton(q), ATTENTION_IMPLS)
     if impl == "torch" and q.device.type != "cpu":
         impl = "sdpa"
-    if impl in VARLEN_IMPLS and (reason := varlen_attention.why_not(impl, q, k, layout, dense)):
-        raise BackendUnavailableError(f'impl="{impl}": {reason}')
+    if impl in VARLEN_IMPLS:
+        # Imported here: it brings torch._dynamo, most of two seconds.
+        from flamingo_fast.ops import varlen_attention
+
+        if reason := varlen_attention.why_not(impl, q, k, layout, dense):
+            raise BackendUnavailableError(f'impl="{impl}": {reason}')
     if impl == "reference" or q.numel() == 0 or k.numel() == 0:
         return reference.masked_cross_attention(
             q, k, v, layout, unattended, past_last, softmax_scale
