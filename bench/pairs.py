@@ -70,7 +70,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str,
     }
 
 
-def _on_padded_batch(function: Any, case: Case) -> Rearranged:
+def on_padded_batch(function: Any, case: Case) -> Rearranged:
     """`function` of the same tokens, padded with zeros before the clock starts."""
     layout = padded_layout(case.shape, case.device)
     tokens = torch.arange(layout.seqlen) < text_lengths(case.shape)[:, None]
@@ -79,27 +79,27 @@ def _on_padded_batch(function: Any, case: Case) -> Rearranged:
     def pad(name: str, value: Any) -> Any:
         if name == "layout":
             return layout
-        if name not in ("q", "out"):
+        if name not in ("q", "x", "out"):
             return value
         padded = value.new_zeros(tokens.numel(), *value.shape[2:])
         return padded.index_copy(0, rows, value[0]).unflatten(0, tokens.shape)
 
     def unpad(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.flatten(0, 1)[rows][None] if name in ("dq", "out") else tensor
+        return tensor.flatten(0, 1)[rows][None] if name in ("dq", "dx", "out") else tensor
 
     return Rearranged(function, pad, unpad)
 
 
 def _build_eager(case: Case, compiled: bool) -> Function:
-    return _on_padded_batch(eager.masked_cross_attention, case)
+    return on_padded_batch(eager.masked_cross_attention, case)
 
 
 def _build_sdpa(case: Case, mode: str) -> Function:
     layout = padded_layout(case.shape, case.device)
-    return _on_padded_batch(attention.under_dense_mask(layout, case.shape[-1]), case)
+    return on_padded_batch(attention.under_dense_mask(layout, case.shape[-1]), case)
 
 
-def _work(shape: Shape, itemsize: int, mode: str) -> work.Work:
+def attention_work(shape: Shape, itemsize: int, mode: str) -> work.Work:
     *_, heads, head_dim, num_keys = shape
     layout = packed_layout(shape, _CPU)
     return several_media_work.attention_of_layout(
@@ -107,7 +107,7 @@ def _work(shape: Shape, itemsize: int, mode: str) -> work.Work:
     )
 
 
-def _eager_work(shape: Shape, itemsize: int, mode: str) -> work.Work:
+def eager_work(shape: Shape, itemsize: int, mode: str) -> work.Work:
     batch, seqlen, *rest = shape
     return work.masked_cross_attention_eager((batch, seqlen, 1, *rest), itemsize, mode)
 
@@ -123,11 +123,11 @@ BENCHMARKS = {
         make_inputs=_inputs,
         build_eager=_build_eager,
         ours=attention.ours,
-        work=_work,
-        eager_work=_eager_work,
+        work=attention_work,
+        eager_work=eager_work,
         others=(
             Provider("sdpa", _build_sdpa),
-            Provider("ours_padded", lambda case, mode: _on_padded_batch(attention.ours, case)),
+            Provider("ours_padded", lambda case, mode: on_padded_batch(attention.ours, case)),
             *attention.LIBRARIES,
         ),
     )

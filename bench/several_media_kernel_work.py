@@ -198,12 +198,11 @@ def _key_blocks(valid: torch.Tensor, constexprs: Mapping[str, Any]) -> list[list
     blocks: dict[tuple[int, int], set[int]] = {}
     loaded: set[tuple[int, int]] = set()
     for medium, keys in enumerate(valid.tolist()):
-        for key in range(keys):
-            column = (medium // 64, (medium % 64 * num_keys + key) // block)
-            loaded.add(column)
-        for key in (0, num_keys - 1) if keys else ():
+        for key in range(num_keys if keys else 0):
             column = (medium // 64, (medium % 64 * num_keys + key) // block)
             blocks.setdefault(column, set()).add(medium)
+            if key < keys:
+                loaded.add(column)
     return [sorted(media) for column, media in sorted(blocks.items()) if column in loaded]
 
 

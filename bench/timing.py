@@ -95,8 +95,8 @@ def interleaved(
     for call in calls.values():
         sample(call)
     round_s = time.perf_counter() - start
-    rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
-    rounds = max(min(rounds, int(_LONG_S / round_s)), fewest_rounds)
+    least = max(min(MIN_ROUNDS, int(_LONG_S / round_s)), fewest_rounds)
+    rounds = min(max(int(budget_s / round_s), least), MAX_ROUNDS)
     order = list(calls)
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in calls}

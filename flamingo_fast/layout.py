@@ -37,8 +37,7 @@ class MediaLayout:
         media_seqlens: (media_total,) int32 or None; the valid tokens of each medium, its first
             ones. A medium without any counts as nothing.
         media_bits: (B, L, words) int64 or None; where it is there, the token attends to those media
-            m of the interval whose bit m % 64 of word m // 64 is set, its first and last among
-            them. They have valid tokens.
+            m of the interval whose bit m % 64 of word m // 64 is set. They have valid tokens.
         media_rows: (media_total, 2) int32; first and end row of those that attend to the medium.
             Rows count through the batch. Where the media of later tokens go back, rows between
             those may not attend to it.
@@ -52,7 +51,9 @@ class MediaLayout:
             work items count through them in this order.
         media_total: media of all samples.
         max_media: media of a sample at most.
-        max_media_per_token: media a token attends to at most; it alone chooses the kernels.
+        max_media_per_token: media a token attends to at most; it alone chooses the kernels. 1 is
+            said by who makes the layout and never follows from a batch, whose other samples would
+            otherwise change a sample's bits.
         is_packed: samples hold several documents, as `packed` makes them.
     """
 
@@ -114,7 +115,7 @@ class MediaLayout:
                 _seqlens(media_seqlens, media_total, device),
                 media_total,
                 max_media,
-                max_media if attend == "all_previous" else 1,
+                _several(max_media) if attend == "all_previous" else 1,
                 in_order=True,
             )
         if media_seqlens is not None:
@@ -181,8 +182,8 @@ class MediaLayout:
 
         Arguments:
             mask: (B, L, N), bool or integers (0: does not attend).
-            max_media_per_token: N by default. With 1, for one-hot masks, the layout takes the
-                kernels of one medium a token.
+            max_media_per_token: N by default, at least 2. With 1, for one-hot masks, the layout
+                takes the kernels of one medium a token.
             num_media: N by default; of samples with fewer media the mask's last columns are unused.
             media_total, media_seqlens: as for `from_media_locations`.
 
@@ -192,7 +193,7 @@ class MediaLayout:
         mask = _as_bool_mask(mask, ("B", "L", "N"))
         batch, _, columns = mask.shape
         if max_media_per_token is None:
-            max_media_per_token = columns
+            max_media_per_token = _several(columns)
         elif not _is_count(max_media_per_token):
             raise ValueError(
                 f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
@@ -204,7 +205,12 @@ class MediaLayout:
             )
             media = torch.arange(columns, dtype=torch.int32, device=device)
             exists = media < cu_media.diff()[:, None]
-            if _can_validate(device):
+            if _can_validate(mask):
+                if (cu_media.diff() > columns).any():
+                    raise ValueError(
+                        f"num_media: expected at most {columns}, the mask's media, "
+                        f"got {int(cu_media.diff().max())}"
+                    )
                 _refuse_mask(mask, exists, max_media_per_token)
             media_seqlens = _seqlens(media_seqlens, media_total, device)
             if media_seqlens is not None and media_total > 0:
@@ -245,7 +251,7 @@ class MediaLayout:
         Arguments:
             mask: (B, L, N, tiles), bool or integers (0: does not attend).
             tokens_per_tile: of k and v: 1601 for Mllama at 560 pixels.
-            max_media_per_token: N by default.
+            max_media_per_token: as for `from_media_mask`.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name; a wrong value, by its token.
@@ -255,7 +261,7 @@ class MediaLayout:
             raise ValueError(f"tokens_per_tile: expected an integer > 0, got {tokens_per_tile!r}")
         attended = mask.any(3)
         tiles = mask.any(1).sum(2)
-        if _can_validate(mask.device):
+        if _can_validate(mask):
             valid = torch.arange(mask.shape[3], device=mask.device) < tiles[..., None]
             wrong = (mask != (attended[..., None] & valid[:, None])).any(3)
             if wrong.any():
@@ -305,6 +311,8 @@ class MediaLayout:
             cu_documents, media_total, most = _count_media(
                 num_media, documents, media_total, device
             )
+            if batch == 0 and media_total > 0:
+                raise ValueError(f"num_media: {media_total} media for a batch without rows")
             # The tokens after the last document are one more, without media.
             cu_seqlens = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), batch * seqlen)])
             cu_documents = torch.cat([cu_documents, cu_documents[-1:]])
@@ -328,8 +336,8 @@ class MediaLayout:
                 cu_media,
                 _seqlens(media_seqlens, media_total, device),
                 media_total,
-                int(cu_media.diff().max()) if _can_validate(device) and batch else media_total,
-                most if attend == "all_previous" else 1,
+                int(cu_media.diff().max()) if _can_validate(cu_media) and batch else media_total,
+                _several(most) if attend == "all_previous" else 1,
                 in_order=False,
                 is_packed=True,
             )
@@ -467,6 +475,8 @@ class MediaLayout:
             ValueError: no layouts, another dim, or sizes that don't fit; along the text, on a CPU,
                 also media that are not the same.
         """
+        if isinstance(layouts, MediaLayout):
+            raise TypeError("layouts: expected several of them, got one MediaLayout")
         layouts = list(layouts)
         if not layouts:
             raise ValueError("layouts: expected at least one")
@@ -490,7 +500,7 @@ class MediaLayout:
                     f"layouts[{index}]: {layout._sizes()} does not fit layouts[0]: "
                     f"{first._sizes()}, along dim {dim}"
                 )
-            if dim == 1 and first.device.type == "cpu" and not layout._has_media_of(first):
+            if dim == 1 and _can_validate(first.cu_media) and not layout._has_media_of(first):
                 raise ValueError(f"layouts[{index}]: its media are not those of layouts[0]")
         with _no_inference_tensors():
             start, end = (
@@ -591,7 +601,7 @@ class MediaLayout:
             )
 
     def _validate_on_cpu(self) -> None:
-        if _can_validate(self.device):
+        if _can_validate(self.cu_media):
             self.validate()
 
     def _refuse(
@@ -607,7 +617,7 @@ class MediaLayout:
             )
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same tokens attend to the same media, whatever the schedules are."""
+        """Whether tokens attend to the same media or are past them, whatever the schedules are."""
         if not isinstance(other, MediaLayout):
             return NotImplemented
         same_sizes = (self._sizes(), self.max_media_per_token, self.is_packed) == (
@@ -618,7 +628,8 @@ class MediaLayout:
         if not same_sizes or not self._has_media_of(other):
             return False
         if (self.media_bits is None) != (other.media_bits is None) or self.media_bits is not None:
-            return torch.equal(self.to_mask(), other.to_mask())
+            same = torch.equal(self.to_mask(), other.to_mask())
+            return same and torch.equal(self.past_last(), other.past_last())
         return torch.equal(self.media_start, other.media_start) and torch.equal(
             self.media_end, other.media_end
         )
@@ -681,6 +692,14 @@ def _flatten(layout: MediaLayout) -> tuple[list[torch.Tensor], list[Any]]:
     return [getattr(layout, name) for name in present], [present, *sizes]
 
 
+def _flatten_with_keys(
+    layout: MediaLayout,
+) -> tuple[list[tuple[pytree.GetAttrKey, torch.Tensor]], list[Any]]:
+    leaves, context = _flatten(layout)
+    keys = map(pytree.GetAttrKey, context[0])
+    return list(zip(keys, leaves, strict=True)), context
+
+
 def _unflatten(leaves: Iterable[Any], context: list[Any]) -> MediaLayout:
     present, *sizes = context
     fields: dict[str, Any] = dict.fromkeys(_TENSORS)
@@ -696,6 +715,7 @@ pytree.register_pytree_node(
     serialized_type_name="flamingo_fast.MediaLayout",
     to_dumpable_context=list,
     from_dumpable_context=list,
+    flatten_with_keys_fn=_flatten_with_keys,
 )
 
 
@@ -706,8 +726,15 @@ def _no_inference_tensors() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _can_validate(device: torch.device) -> bool:
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+def _can_validate(tensor: torch.Tensor) -> bool:
+    """Whether its values are there to look at; FakeTensor and its like have none."""
+    is_plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return tensor.device.type == "cpu" and is_plain and not torch.compiler.is_compiling()
+
+
+def _several(max_media: int) -> int:
+    """max_media_per_token where it is not told: 1 only if it is."""
+    return max(max_media, 2)
 
 
 def _check_attend(attend: str) -> None:
@@ -777,7 +804,8 @@ def _boundaries(
         raise ValueError(
             f"cu_seqlens: expected shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
         )
-    if _can_validate(cu_seqlens.device):
+    _refuse_other_gpu("cu_seqlens", cu_seqlens, device)
+    if _can_validate(cu_seqlens):
         if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > batch * seqlen:
             raise ValueError(
                 f"cu_seqlens: expected 0 to at most {batch * seqlen} tokens, never falling; "
@@ -837,9 +865,10 @@ def _count_media(
                 "media_total: expected the sum of num_media, a tensor on "
                 f"{num_media.device} whose values are not waited for"
             )
+        _refuse_other_gpu("num_media", num_media, device)
         cu_media = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         # What is beyond media_total does not exist.
-        cu_media[1:] = num_media.to(device).cumsum(0).clamp_(0, media_total)
+        cu_media[1:] = num_media.cumsum(0).clamp_(0, media_total)
         return cu_media, media_total, media_total
     else:
         if isinstance(num_media, torch.Tensor):
@@ -873,6 +902,12 @@ def _check_counts(num_media: torch.Tensor, batch: int) -> None:
         raise TypeError(f"num_media: expected integers, got {num_media.dtype}")
     if num_media.shape != (batch,):
         raise ValueError(f"num_media: expected shape ({batch},), got {tuple(num_media.shape)}")
+
+
+def _refuse_other_gpu(name: str, values: torch.Tensor, device: torch.device) -> None:
+    """A CPU would have to wait for them."""
+    if values.device.type != "cpu" and values.device != device:
+        raise ValueError(f"{name}: expected a CPU tensor or device {device}, got {values.device}")
 
 
 def _seqlens(

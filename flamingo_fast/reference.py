@@ -107,7 +107,7 @@ def masked_cross_attention(
     weights = torch.softmax(scores, -1) * mask
     for choice, rows in ((unattended, before), (past_last, rows_past_last)):
         if choice == "uniform":
-            mean = valid / valid.sum(-1, keepdim=True).clamp(min=1)
+            mean = valid.to(scores.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
             weights = torch.where(rows[:, None, None, :, None], mean[:, None, None, None], weights)
     out = torch.einsum("bhgls,bshd->blhgd", weights.to(values.dtype), values)
     return out.flatten(2, 3).to(q.dtype).contiguous()

@@ -165,7 +165,10 @@ def _several_media_dq_kernel(
                 )
                 if Q.dtype.element_ty == tl.float32:
                     scores -= maximum[:, None]
-                p = tl.exp2(scores - tl.where(attends, lse, float("inf"))[:, None])
+                if CROSS_MEDIA:
+                    p = tl.exp2(scores - lse[:, None])
+                else:
+                    p = tl.exp2(scores - tl.where(attends, lse, float("inf"))[:, None])
                 if MEDIA_SEQLENS is not None or NUM_KEYS % BLOCK_N != 0:
                     # That of a key of zeros may be infinite.
                     p = tl.where(allowed, p, 0.0)

@@ -66,7 +66,9 @@ def forward_config(
     block_m = _block(rows_per_sample, 128 if block_d <= 128 else 64)
     # 64 keys beside 128 rows of 128 numbers spill but where accumulators serve four warps at once.
     wide = block_d <= 64 or (block_d <= 128 and target.arch == "sm_90") or block_m == 16
-    return _tuned_config(block_m, 64 if wide else 32, block_d, num_keys, target)
+    block_n = 64 if wide else 32
+    cross_media = tiles_cross_media(num_keys, block_n)
+    return _tuned_config(block_m, 32 if cross_media else block_n, block_d, cross_media, target)
 
 
 def dq_config(
@@ -76,10 +78,8 @@ def dq_config(
     if dtype == torch.float32:
         return _fp32_config(rows_per_sample, block_d)
     wide = block_d <= 64 or (block_d <= 128 and target.arch in ("sm_90", "sm_100"))
-    most_rows = 128 if wide else 64
-    if not wide and tiles_cross_media(num_keys, 32):
-        most_rows = 32  # A mask for each score takes registers too.
-    return _tuned_config(_block(rows_per_sample, most_rows), 32, block_d, num_keys, target)
+    block_m = _block(rows_per_sample, 128 if wide else 64)
+    return _tuned_config(block_m, 32, block_d, tiles_cross_media(num_keys, 32), target)
 
 
 def dkv_config(
@@ -88,22 +88,22 @@ def dkv_config(
     block_d = _block(head_dim, 256)
     if dtype == torch.float32:
         return _fp32_config(16, block_d)
-    block_m = _block(rows_per_sample, 16 if target.arch == "gfx942" else 32)
-    return _tuned_config(block_m, 64 if block_d <= 128 else 32, block_d, num_keys, target)
+    block_n = 64 if block_d <= 128 else 32
+    cross_media = tiles_cross_media(num_keys, block_n)
+    # A mask for each score takes registers, and fewer keys would read rows more often.
+    most_rows = 16 if target.arch == "gfx942" or cross_media else 32
+    return _tuned_config(_block(rows_per_sample, most_rows), block_n, block_d, cross_media, target)
 
 
 def _tuned_config(
-    block_m: int, block_n: int, block_d: int, num_keys: int, target: Target
+    block_m: int, block_n: int, block_d: int, cross_media: bool, target: Target
 ) -> SeveralMediaConfig:
-    cross_media = tiles_cross_media(num_keys, block_n)
-    if cross_media:
-        block_n = 32
     one_stage = target.arch == "gfx942" or block_d > 128 or cross_media
     return SeveralMediaConfig(
         block_m,
         block_n,
         block_d,
-        num_warps=4 if block_m == 16 and target.arch != "gfx942" else 8,
+        num_warps=4 if block_m == 16 and target.arch != "gfx942" and not cross_media else 8,
         num_stages=1 if one_stage else 2,
         max_registers=255,
     )

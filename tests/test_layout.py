@@ -67,7 +67,7 @@ def test_against_a_loop_over_tokens(attend, seed):
             assert torch.equal(layout.past_last()[sample], too_many & (count > 0))
     assert layout.cu_media.tolist() == list(itertools.accumulate(num_media, initial=0))
     assert layout.media_total == sum(num_media)
-    assert layout.max_media_per_token == (max(num_media) if attend == "all_previous" else 1)
+    assert layout.max_media_per_token == (max(*num_media, 2) if attend == "all_previous" else 1)
     layout.validate()
 
 
@@ -216,6 +216,12 @@ def test_cat_refuses(layouts, dim, message):
     two = MediaLayout.from_media_locations(_locations("i....", "....."), [1, 3])
     with pytest.raises(ValueError, match=message):
         MediaLayout.cat(layouts(one, two), dim)
+
+
+def test_cat_of_a_layout_alone():
+    layout = MediaLayout.from_media_locations(_locations("..i.i"), 2)
+    with pytest.raises(TypeError, match="layouts: expected several of them, got one MediaLayout"):
+        MediaLayout.cat(layout)
 
 
 def test_to_moves_every_tensor():

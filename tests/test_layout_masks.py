@@ -10,6 +10,7 @@ import matplotlib
 import pytest
 import torch
 from test_layout import _assert_schedule, _locations
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from flamingo_fast.layout import ATTEND, MediaLayout
@@ -80,14 +81,11 @@ def _assert_media_rows(layout: MediaLayout, mask: torch.Tensor, exact: bool = Fa
 def test_any_mask(num_media, density):
     mask = _random_mask(num_media, 2, 11, num_media, density=density)
     layout = MediaLayout.from_media_mask(mask)
-    assert (layout.max_media_per_token, layout.max_media) == (num_media, num_media)
+    assert (layout.max_media_per_token, layout.max_media) == (max(num_media, 2), num_media)
     assert layout.media_total == 2 * num_media
     assert layout.media_start.dtype == layout.media_end.dtype == torch.int32
-    if num_media > 1:
-        assert layout.media_bits.shape == (2, 11, -(-num_media // 64))
-        assert layout.media_bits.dtype == torch.int64
-    else:
-        assert layout.media_bits is None
+    assert layout.media_bits.shape == (2, 11, -(-num_media // 64))
+    assert layout.media_bits.dtype == torch.int64
     assert not layout.past_last().any()
     _assert_attends_as(layout, mask)
 
@@ -374,9 +372,7 @@ def test_packed_documents_are_as_each_alone(case, attend):
     expected, per_row = case.expected(attend)
     assert layout.is_packed and layout.max_media == max(per_row)
     assert layout.cu_media.tolist() == list(itertools.accumulate(per_row, initial=0))
-    assert layout.max_media_per_token == (
-        max(num_media, default=0) if attend == "all_previous" else 1
-    )
+    assert layout.max_media_per_token == (max(*num_media, 2) if attend == "all_previous" else 1)
     _assert_attends_as(layout, expected)
     _assert_media_rows(layout, expected, exact=True)
     assert not layout.past_last().any()
@@ -532,6 +528,34 @@ def test_cat_along_the_text(names):
     assert (layout.seqlen, layout.media_total) == (12, 4)
 
 
+def test_cat_along_the_text_compiles():
+    layout = _layouts()["bits"]
+    whole = torch.compile(
+        lambda layout: MediaLayout.cat([layout, layout.last(2)], dim=1),
+        fullgraph=True,
+        backend="eager",
+    )(layout)
+    assert whole == MediaLayout.cat([layout, layout.last(2)], dim=1)
+
+
+@pytest.mark.parametrize("name", ["bits", "tiles", "packed_all", "all_with_lengths"])
+def test_builders_look_at_no_values_of_fake_tensors(name):
+    with FakeTensorMode():
+        layout = _layouts()[name]
+        assert MediaLayout.cat([layout, layout], dim=1).seqlen == 10
+    assert layout.media_start.shape == _layouts()[name].media_start.shape
+
+
+def test_a_module_that_takes_a_layout_can_be_exported():
+    class Attends(torch.nn.Module):
+        def forward(self, x, layout):
+            return x * layout.attends()
+
+    layout, x = _layouts()["bits"], torch.randn(2, 5)
+    exported = torch.export.export(Attends(), (x, layout)).module()
+    assert torch.equal(exported(x, layout), Attends()(x, layout))
+
+
 def test_cat_refuses_packed_and_not():
     layouts = _layouts()
     for dim in (0, 1):
@@ -584,6 +608,9 @@ def test_equality():
     assert intervals == MediaLayout.from_media_mask(intervals.to_mask())
     alone = MediaLayout.from_media_locations(locations, 2)
     assert MediaLayout.packed(locations, [0, 5, 10], 2) != alone
+    # What is past the last medium may get something else than what attends to nothing.
+    past = MediaLayout.from_intervals(torch.tensor([[2, 0]]), torch.tensor([[2, 1]]), 2, 2)
+    assert past != MediaLayout.from_media_mask(past.to_mask())
 
 
 def test_repr():
@@ -781,7 +808,7 @@ MASK = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 0]]])
             "mask: token 1 of sample 1 attends to medium 1 of 1",
             {"num_media": [3, 1]},
         ),
-        (ValueError, "num_media: at most 3 expected, got 4", {"num_media": 4}),
+        (ValueError, "num_media: expected at most 3, the mask's media, got 4", {"num_media": 4}),
         (ValueError, r"num_media: .* 2 of them .* got \[3\]", {"num_media": [3]}),
         (TypeError, "num_media: expected integers", {"num_media": torch.ones(2)}),
         (ValueError, "media_total: num_media adds up to 6, got 5", {"media_total": 5}),
@@ -903,6 +930,21 @@ def test_wrong_arguments_of_from_tile_mask(error, message, changed):
             ValueError,
             r"num_media: expected shape \(2,\), got \(1,\)",
             {"num_media": torch.tensor([1])},
+        ),
+        (
+            ValueError,
+            "cu_seqlens: expected a CPU tensor or device cpu, got meta",
+            {"cu_seqlens": torch.zeros(3, dtype=torch.int64, device="meta")},
+        ),
+        (
+            ValueError,
+            "num_media: expected a CPU tensor or device cpu, got meta",
+            {"num_media": torch.zeros(2, dtype=torch.int64, device="meta"), "media_total": 2},
+        ),
+        (
+            ValueError,
+            "num_media: 2 media for a batch without rows",
+            {"media_locations": torch.zeros(0, 4, dtype=torch.bool), "cu_seqlens": [0, 0, 0]},
         ),
         (ValueError, "media_total: num_media adds up to 2, got 3", {"media_total": 3}),
         (

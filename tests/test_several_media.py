@@ -228,6 +228,17 @@ def test_keys_of_a_medium(num_keys, dtype, impl, guarded):
 
 
 @impls
+def test_decoding_over_the_tiles_of_an_image_of_mllama(impl, guarded):
+    """4 x 1601 keys, of which the last tile is padding; the second token attends to nothing."""
+    mask = torch.tensor([[[1, 1, 1, 0]], [[0, 0, 0, 0]]])[:, None]
+    case = AttentionCase(1, num_media=1, batch=2, num_keys=6404, kv_heads=1, dtype=BF16)
+    case = dataclasses.replace(case, unattended="dense")
+    check(case, impl, MediaLayout.from_tile_mask(mask, 1601))
+    if impl == "triton":
+        assert _launched(guarded)[:2] == ["_several_media_fwd_kernel", "_combine_splits_kernel"]
+
+
+@impls
 @pytest.mark.parametrize("unattended", ["zero", "dense"])
 @pytest.mark.parametrize("num_keys", [70, 133])
 def test_valid_tokens_of_media_of_several_blocks(num_keys, unattended, impl, guarded):

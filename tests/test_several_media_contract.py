@@ -224,6 +224,28 @@ def test_repetition_changes_no_bit_on_a_cpu(setting):
     assert_equal(setting.run("torch"), setting.run("torch"))
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@every_impl
+def test_nor_on_how_many_media_others_have(impl, dtype, guarded):
+    """A sample of one medium is alone as it is beside one of three."""
+    locations = torch.zeros(2, 8, dtype=torch.bool)
+    locations[0, 1] = locations[1, [0, 2, 5]] = True
+    layouts = [
+        MediaLayout.from_media_locations(locations, [1, 3], "all_previous"),
+        MediaLayout.from_media_locations(locations[:1], [1], "all_previous"),
+    ]
+    inputs = inputs_of(layouts[0], dtype, num_keys=16)
+    results = []
+    for layout in layouts:
+        sizes = {"q": layout.batch_size, "k": layout.media_total, "v": layout.media_total}
+        leaves = [inputs[name][:size].detach().requires_grad_() for name, size in sizes.items()]
+        out = ff.masked_cross_attention(*leaves, layout, impl=impl)
+        gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        names = ("out", "dq", "dk", "dv")
+        results.append({name: x[:1] for name, x in zip(names, (out, *gradients), strict=True)})
+    assert_equal(*results)
+
+
 def _masks_of_three_samples(num_keys: int) -> tuple[MediaLayout, list[MediaLayout]]:
     """Of 1, 6 and no media: together, where the widest decides, and each alone."""
     counts = [1, 6, 0]
@@ -234,7 +256,7 @@ def _masks_of_three_samples(num_keys: int) -> tuple[MediaLayout, list[MediaLayou
     together = MediaLayout.from_media_mask(mask, num_media=counts, media_seqlens=lengths)
     alone = [
         MediaLayout.from_media_mask(
-            mask[sample : sample + 1, :, :count], 6, media_seqlens=lengths.split(counts)[sample]
+            mask[sample : sample + 1, :, :count], media_seqlens=lengths.split(counts)[sample]
         )
         for sample, count in enumerate(counts)
     ]

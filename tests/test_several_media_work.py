@@ -1,5 +1,6 @@
 """What the kernels for several media move and multiply, as the guard counts it."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -134,7 +135,7 @@ def test_bytes_and_products(name):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_keys", [1, 5, 33, 64, 70, 133, 200, 257])
 def test_never_much_more_than_a_dense_mask_kernel(num_keys, head_dim, arch):
-    """Whose tiles are the same, and the bytes of whose mask are not counted."""
+    """One with the tiles for media of whole tiles; the bytes of its mask are not counted."""
     for layout in (
         _random_mask(256, 4, 1.1),
         _random_mask(256, 4, 0.5),
@@ -143,9 +144,21 @@ def test_never_much_more_than_a_dense_mask_kernel(num_keys, head_dim, arch):
     ):
         call = _call(layout, num_keys=num_keys, head_dim=head_dim)
         launches = _launches(call, Target(arch, num_sms=108))
+        whole = _launches(dataclasses.replace(call, num_keys=128), Target(arch, num_sms=108))
         for name, formula in _formulas(call, launches).items():
-            dense = kernel_work.dense_mask_work(call, name, launches[name].constexprs)
+            dense = kernel_work.dense_mask_work(call, name, whole[name].constexprs)
             assert formula.bytes <= 1.3 * dense.bytes, (name, layout)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_all_kinds_against_a_dense_mask_kernel(name):
+    """Splits, heads that share keys, dense rows and padding too; in the interpreter's tiles."""
+    call = CALLS[name]
+    launches = _launches(call, INTERPRETER)
+    whole = _launches(dataclasses.replace(call, num_keys=128), INTERPRETER)
+    for each, formula in _formulas(call, launches).items():
+        dense = kernel_work.dense_mask_work(call, each, whole[each].constexprs)
+        assert formula.bytes <= 1.3 * dense.bytes, each
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

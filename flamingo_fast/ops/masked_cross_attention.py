@@ -79,8 +79,9 @@ def masked_cross_attention(
             dtype, any strides; H is a multiple of Hkv.
         layout: which media each token attends to; see `MediaLayout`.
         unattended: what a token gets that attends to nothing: "zero" (OpenFlamingo, IDEFICS);
-            "dense", attention to everything (transformers' Mllama); "uniform", the mean of the
-            sample's values (OpenFlamingo with all previous media).
+            "dense", attention to all tokens of the sample's media, valid or not (transformers'
+            Mllama); "uniform", the mean of the sample's valid values (OpenFlamingo with all
+            previous media).
         past_last: the same for tokens after more image tokens than there are media: "zero" or
             "uniform" (OpenFlamingo).
         softmax_scale: D ** -0.5 by default.
@@ -90,7 +91,8 @@ def masked_cross_attention(
             for CPUs, and "sdpa" elsewhere.
 
     Returns:
-        q's shape and dtype. A sample's result is the same, bit for bit, in any batch.
+        q's shape and dtype. A sample's result is the same, bit for bit, in any batch whose layout
+        is of one medium a token, or of several, as its own is.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.

@@ -83,7 +83,8 @@ def masked_cross_attention(
     weights = weights.masked_fill(~mask.any(-1)[:, None, :, None], 0.0)
     for choice, rows in ((unattended, before), (past_last, after)):
         if choice == "uniform":
-            mean = everything / everything.sum(-1, keepdim=True).clamp(min=1)
+            counted = everything.to(torch.promote_types(q.dtype, torch.float32))
+            mean = counted / counted.sum(-1, keepdim=True).clamp(min=1)
             weights = torch.where(rows[:, None, :, None], mean[:, None].to(q.dtype), weights)
     return torch.einsum("bhls,bshd->blhd", weights, values.flatten(1, 2))
 
