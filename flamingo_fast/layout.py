@@ -694,9 +694,9 @@ def _flatten(layout: MediaLayout) -> tuple[list[torch.Tensor], list[Any]]:
 
 def _flatten_with_keys(
     layout: MediaLayout,
-) -> tuple[list[tuple[pytree.GetAttrKey, torch.Tensor]], list[Any]]:
+) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[Any]]:
     leaves, context = _flatten(layout)
-    keys = map(pytree.GetAttrKey, context[0])
+    keys: list[pytree.KeyEntry] = [pytree.GetAttrKey(name) for name in context[0]]
     return list(zip(keys, leaves, strict=True)), context
 
 

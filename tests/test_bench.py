@@ -565,6 +565,8 @@ def attention_provider(name: str, case: Case, mode: str) -> Callable[..., Any]:
         ("_mllama", (2, 300, 3, 4, 2, 16, 2, 8), "sdpa"),
         *(("_mllama", (1, 1, 1, 4, 2, 16, 4, 5), name) for name in ("eager", "ours", "sdpa")),
         *(("_pairs", (5, 32, 2, 16, 8), provider) for provider in ("sdpa", "ours_padded")),
+        *(("_pairs_layer", (5, 32, 2, 16, 8, 24), name) for name in ("eager", "sdpa")),
+        ("_pairs_layer", (5, 32, 2, 16, 8, 24), "ours_padded"),
     ],
 )
 def test_attention_providers_pass_the_gate(op: str, shape: tuple[int, ...], provider: str) -> None:

@@ -22,6 +22,7 @@ from attention_cases import (
 )
 
 from flamingo_fast.layout import MediaLayout
+from flamingo_fast.ops import cpu_several_media
 from flamingo_fast.testing.guard import guard
 
 FORWARD = ["_several_media_fwd_kernel"]
@@ -236,6 +237,44 @@ def test_decoding_over_the_tiles_of_an_image_of_mllama(impl, guarded):
     check(case, impl, MediaLayout.from_tile_mask(mask, 1601))
     if impl == "triton":
         assert _launched(guarded)[:2] == ["_several_media_fwd_kernel", "_combine_splits_kernel"]
+
+
+# (runs of rows by the images they attend to, of which tiles are valid), and flash backwards: one
+# for each range of keys of a run. Rows that attend to nothing attend to everything.
+LONG_RUNS = {
+    "one_image": ([(3, ""), (140, "0")], "1111", 1),
+    "padding": ([(3, ""), (140, "0")], "1110", 1),
+    "consecutive_images": ([(3, ""), (140, "0"), (7, "01"), (150, "1")], "1111 1111", 2),
+    "not_neighbours": ([(140, "02"), (130, "1"), (2, "")], "1111 1111 1111", 3),
+    "everything": ([(140, "")], "1110 1111", 1),
+    "cut": ([(400, "0")], "1111", 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("runs", "tiles", "calls"), LONG_RUNS.values(), ids=LONG_RUNS.keys())
+def test_long_runs_of_rows_that_attend_to_the_same_keys(runs, tiles, calls, dtype, monkeypatch):
+    images = tiles.split()
+    mask = torch.zeros(1, sum(rows for rows, _ in runs), len(images), 4, dtype=torch.bool)
+    token = 0
+    for rows, attended in runs:
+        for image in map(int, attended):
+            mask[0, token : token + rows, image] = torch.tensor([c == "1" for c in images[image]])
+        token += rows
+    layout = MediaLayout.from_tile_mask(mask, 275)
+    case = AttentionCase(
+        token, num_media=len(images), heads=8, kv_heads=1, num_keys=1100, dtype=dtype
+    )
+    flash, called = cpu_several_media._flash_backward, []
+    monkeypatch.setattr(cpu_several_media, "_LONG_KEYS", 825)
+    monkeypatch.setattr(cpu_several_media, "_LONGEST_ROWS", 1200)
+    monkeypatch.setattr(
+        cpu_several_media,
+        "_flash_backward",
+        lambda *arguments, **options: called.append(1) or flash(*arguments, **options),
+    )
+    check(dataclasses.replace(case, unattended="dense"), "torch", layout)
+    assert len(called) == calls
 
 
 @impls

@@ -5,9 +5,9 @@ only where sets of media change every few rows. Keys that no row of a block atte
 and neighbouring media are one range of keys, read where they are.
 
 The forward is PyTorch's flash kernel, by its own name: what else chooses between kernels looks at
-the shape of the batch. Its backward takes longer than the matrix products that it consists of, so
-those are called one by one: for each chunk of keys, whose gradients are then final, with each block
-of rows that attend to some of it.
+the shape of the batch. So is the backward of long runs of rows without a mask, as in Mllama's
+texts. Of others it takes longer than the matrix products that it consists of, so those are called
+one by one: for each chunk of keys with each block of rows that attend to some of it.
 """
 
 import dataclasses
@@ -24,6 +24,9 @@ from flamingo_fast.ops.cpu_buffers import Buffers
 _FORWARD_ROWS, _GATHERED_KEYS, _MASK_ELEMENTS = 512, 1024, 2**19
 # The backward's: scores of a block of rows and a chunk of keys.
 _SCORES, _CHUNK_KEYS = 2**20, 512
+# Runs of blocks whose backward is the flash kernel's: rows, times the query heads of a key/value
+# head, at least and at most, and keys of each of their ranges at least.
+_LONG_ROWS, _LONGEST_ROWS, _LONG_KEYS = 1024, 8192, 1024
 # Blocks of rows that attend to different media: rows at most, and what a block takes, in units of
 # one row and one key. A call costs as much as so many more rows and keys.
 _MIXED_ROWS, _ROWS_OF_A_CALL, _KEYS_OF_A_CALL, _COST_OF_A_MASK = 256, 32, 64, 1.125
@@ -35,9 +38,12 @@ _MASKED = -1e30
 _WORD = 62
 
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Medium (of its sample), first and end key (of all samples).
 _Part = tuple[int, int, int]
+# First and end row, and ranges of keys.
+_Run = tuple[int, int, list[tuple[int, int]]]
 
 
 @dataclasses.dataclass
@@ -379,25 +385,96 @@ def several_media_backward(
         in_place = q.dtype == wide and sample.rows is None
         if dq_sum is not None and not in_place:
             dq_sum = torch.zeros(dq_sum.shape, dtype=wide)
-        douts = sample.of(dout, kv_heads)
-        _sample_backward(
-            sample,
-            sample.of(q, kv_heads),
-            douts,
-            sample.of(lse, kv_heads),
-            _row_sums(douts, sample.of(out, kv_heads), most_rows),
-            keys,
-            values,
-            softmax_scale,
-            dq_sum,
-            gradients,
-            buffers,
-        )
+        queries, douts, outs, lses = (sample.of(x, kv_heads) for x in (q, dout, out, lse))
+        long_runs = _long_runs(sample, queries.shape[2]) if q.dtype != torch.float16 else []
+        for begin, end, ranges in long_runs:
+            _long_run_backward(
+                douts[begin:end],
+                queries[begin:end],
+                outs[begin:end],
+                lses[begin:end],
+                ranges,
+                keys,
+                values,
+                softmax_scale,
+                None if dq_sum is None else dq_sum[begin:end],
+                gradients,
+            )
+        others = [
+            block
+            for block in sample.blocks
+            if not any(begin <= block.begin < end for begin, end, _ in long_runs)
+        ]
+        if others:
+            _sample_backward(
+                dataclasses.replace(sample, blocks=others),
+                queries,
+                douts,
+                lses,
+                _row_sums(douts, outs, most_rows),
+                keys,
+                values,
+                softmax_scale,
+                dq_sum,
+                gradients,
+                buffers,
+            )
         if dq_sum is not None and not in_place:
             rows = slice(None) if sample.rows is None else sample.rows
             dq[sample.index, rows] = dq_sum.flatten(1, 2).to(q.dtype)
     if gradients is not None and gradients.data_ptr() != dkv.data_ptr():
         dkv.copy_(gradients.view(dkv.shape))
+
+
+def _long_runs(sample: _Sample, group: int) -> list[_Run]:
+    """Of blocks that attend to the same keys, cut where they would take much memory."""
+    most_rows = max(_LONGEST_ROWS // group, 1)
+    runs: list[_Run] = []
+    for block in sample.blocks:
+        if block.mixed:
+            continue
+        begin = block.begin
+        ranges = [(first, end) for _, first, end in _joined(sample.parts_of(block))]
+        if runs:
+            before, end, same = runs[-1]
+            if (end, same) == (begin, ranges) and block.end - before <= most_rows:
+                begin = before
+                runs.pop()
+        runs.append((begin, block.end, ranges))
+    return [
+        (begin, end, ranges)
+        for begin, end, ranges in runs
+        if (end - begin) * group >= _LONG_ROWS
+        and all(end - first >= _LONG_KEYS for first, end in ranges)
+    ]
+
+
+def _long_run_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    ranges: list[tuple[int, int]],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    softmax_scale: float,
+    dq: torch.Tensor | None,
+    dkv: torch.Tensor | None,
+) -> None:
+    """Adds to dq and dkv. Rows are (rows, Hkv, G, D), lse is (rows, Hkv, G)."""
+    by_head = [x.transpose(0, 1).flatten(1, 2)[None] for x in (dout, q, out, lse)]
+    douts, queries, outs, log_sums = by_head
+    for begin, end in ranges:
+        some_keys, some_values = (x[begin:end].transpose(0, 1)[None] for x in (keys, values))
+        gradients = _flash_backward(
+            douts, queries, some_keys, some_values, outs, log_sums, 0.0, False, scale=softmax_scale
+        )
+        if dq is not None:
+            rows = dq.transpose(0, 1)
+            rows += gradients[0].view(rows.shape)
+        if dkv is not None:
+            for total, gradient in zip(dkv, gradients[1:], strict=True):
+                total[begin:end] += gradient[0].transpose(0, 1)
 
 
 def _row_sums(left: torch.Tensor, right: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -420,7 +497,7 @@ def _sample_backward(
     dkv: torch.Tensor | None,
     buffers: Buffers,
 ) -> None:
-    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64, and sets dkv, (2, keys, Hkv, D).
+    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64, and to dkv, (2, keys, Hkv, D).
 
     Passes over the scores cost as much as the products. So what is subtracted from scores, and from
     their gradients, is columns of the products' factors, beside columns of ones.
@@ -502,7 +579,7 @@ def _sample_backward(
             dk.mul_(softmax_scale)
             for of_chunk, columns in ranges:
                 for gradient, total in zip(dkv, (dk, dv), strict=True):
-                    gradient[of_chunk].copy_(total[:, columns].transpose(0, 1))
+                    gradient[of_chunk] += total[:, columns].transpose(0, 1)
 
 
 def _add_product(
