@@ -93,6 +93,13 @@ class _Sample:
         parts = [part for part in self.parts if block.attends(part[0])]
         return sorted(parts + self.padding) if block.dense else parts
 
+    def attended(self) -> list[tuple[int, int]]:
+        """Ranges of the keys that any row attends to, in order."""
+        everything = functools.reduce(lambda media, block: media | block.media, self.blocks, 0)
+        dense = any(block.dense for block in self.blocks)
+        parts = self.parts_of(_Block(0, 0, everything, dense))
+        return [(begin, end) for _, begin, end in _joined(parts)]
+
     def columns(self, block: _Block, parts: list[_Part], group: int) -> torch.Tensor | None:
         """(rows * G, keys) bool: the keys of `parts` that rows attend to; None: to all."""
         if not block.mixed:
@@ -375,8 +382,8 @@ def several_media_backward(
     kv_heads = k.shape[2]
     keys, values = _by_key(k), _by_key(v)
     dq.zero_()
-    dkv.zero_()
     gradients = dkv.flatten(1, 2) if need_dkv else None
+    written: list[tuple[int, int]] = []
     buffers = Buffers()
     layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
     most_rows = max(_SCORES // (_CHUNK_KEYS * q.shape[2]), 1)
@@ -387,6 +394,11 @@ def several_media_backward(
             dq_sum = torch.zeros(dq_sum.shape, dtype=wide)
         queries, douts, outs, lses = (sample.of(x, kv_heads) for x in (q, dout, out, lse))
         long_runs = _long_runs(sample, queries.shape[2]) if q.dtype != torch.float16 else []
+        attended = sample.attended()
+        written += attended
+        if gradients is not None and long_runs:
+            for begin, end in attended:
+                gradients[:, begin:end].zero_()
         for begin, end, ranges in long_runs:
             _long_run_backward(
                 douts[begin:end],
@@ -418,10 +430,16 @@ def several_media_backward(
                 dq_sum,
                 gradients,
                 buffers,
+                adds=bool(long_runs),
             )
         if dq_sum is not None and not in_place:
             rows = slice(None) if sample.rows is None else sample.rows
             dq[sample.index, rows] = dq_sum.flatten(1, 2).to(q.dtype)
+    if gradients is not None:
+        ends = [0, *(end for _, end in written)]
+        begins = [*(begin for begin, _ in written), gradients.shape[1]]
+        for begin, end in zip(ends, begins, strict=True):
+            gradients[:, begin:end].zero_()
     if gradients is not None and gradients.data_ptr() != dkv.data_ptr():
         dkv.copy_(gradients.view(dkv.shape))
 
@@ -496,8 +514,9 @@ def _sample_backward(
     dq: torch.Tensor | None,
     dkv: torch.Tensor | None,
     buffers: Buffers,
+    adds: bool,
 ) -> None:
-    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64, and to dkv, (2, keys, Hkv, D).
+    """Adds to dq, (rows, Hkv, G, D) in fp32 or fp64; sets dkv, (2, keys, Hkv, D), or adds to it.
 
     Passes over the scores cost as much as the products. So what is subtracted from scores, and from
     their gradients, is columns of the products' factors, beside columns of ones.
@@ -579,7 +598,11 @@ def _sample_backward(
             dk.mul_(softmax_scale)
             for of_chunk, columns in ranges:
                 for gradient, total in zip(dkv, (dk, dv), strict=True):
-                    gradient[of_chunk] += total[:, columns].transpose(0, 1)
+                    total = total[:, columns].transpose(0, 1)
+                    if adds:
+                        gradient[of_chunk] += total
+                    else:
+                        gradient[of_chunk].copy_(total)
 
 
 def _add_product(
