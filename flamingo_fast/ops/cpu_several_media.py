@@ -27,6 +27,8 @@ _SCORES, _CHUNK_KEYS = 2**20, 512
 # Runs of blocks whose backward is the flash kernel's: rows, times the query heads of a key/value
 # head, at least and at most, and keys of each of their ranges at least.
 _LONG_ROWS, _LONGEST_ROWS, _LONG_KEYS = 1024, 8192, 1024
+# Sums of more runs of 16-bit gradients are in fp32: each addition rounds.
+_RUNS_SUMMED_IN_16_BITS = 2
 # Blocks of rows that attend to different media: rows at most, and what a block takes, in units of
 # one row and one key. A call costs as much as so many more rows and keys.
 _MIXED_ROWS, _ROWS_OF_A_CALL, _KEYS_OF_A_CALL, _COST_OF_A_MASK = 256, 32, 64, 1.125
@@ -383,6 +385,7 @@ def several_media_backward(
     keys, values = _by_key(k), _by_key(v)
     dq.zero_()
     gradients = dkv.flatten(1, 2) if need_dkv else None
+    wide_gradients: torch.Tensor | None = None
     written: list[tuple[int, int]] = []
     buffers = Buffers()
     layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
@@ -396,9 +399,14 @@ def several_media_backward(
         long_runs = _long_runs(sample, queries.shape[2]) if q.dtype != torch.float16 else []
         attended = sample.attended()
         written += attended
-        if gradients is not None and long_runs:
+        sums = gradients
+        if sums is not None and long_runs:
+            if len(long_runs) > _RUNS_SUMMED_IN_16_BITS and sums.dtype != wide:
+                if wide_gradients is None:
+                    wide_gradients = torch.empty(sums.shape, dtype=wide)
+                sums = wide_gradients
             for begin, end in attended:
-                gradients[:, begin:end].zero_()
+                sums[:, begin:end].zero_()
         for begin, end, ranges in long_runs:
             _long_run_backward(
                 douts[begin:end],
@@ -410,7 +418,7 @@ def several_media_backward(
                 values,
                 softmax_scale,
                 None if dq_sum is None else dq_sum[begin:end],
-                gradients,
+                sums,
             )
         others = [
             block
@@ -428,10 +436,13 @@ def several_media_backward(
                 values,
                 softmax_scale,
                 dq_sum,
-                gradients,
+                sums,
                 buffers,
                 adds=bool(long_runs),
             )
+        if gradients is not None and sums is not None and sums is not gradients:
+            for begin, end in attended:
+                gradients[:, begin:end].copy_(sums[:, begin:end])
         if dq_sum is not None and not in_place:
             rows = slice(None) if sample.rows is None else sample.rows
             dq[sample.index, rows] = dq_sum.flatten(1, 2).to(q.dtype)
