@@ -113,6 +113,38 @@ def masked_cross_attention(
     return out.flatten(2, 3).to(q.dtype).contiguous()
 
 
+def latent_attention(
+    q: torch.Tensor,
+    k_media: torch.Tensor,
+    v_media: torch.Tensor,
+    k_latents: torch.Tensor,
+    v_latents: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v over a medium's valid features and its latents.
+
+    q (B, R, H, D), media (B, S, Hkv, D), latents (B, R, Hkv, D), media_seqlens (B,); out has q's
+    shape and dtype.
+    """
+    num_keys, kv_heads = k_media.shape[1:3]
+    features = torch.arange(num_keys, device=q.device)
+    valid = torch.ones(q.shape[0], num_keys, dtype=torch.bool, device=q.device)
+    if media_seqlens is not None:
+        valid = features < media_seqlens[:, None]
+    keys, values = (
+        # What is not valid need not be finite.
+        torch.cat([torch.where(valid[..., None, None], _upcast(media), 0), _upcast(latents)], 1)
+        for media, latents in ((k_media, k_latents), (v_media, v_latents))
+    )
+    wide_q = _upcast(q).unflatten(2, (kv_heads, q.shape[2] // kv_heads))
+    scores = torch.einsum("brhgd,bshd->bhgrs", wide_q, keys) * softmax_scale
+    allowed = torch.cat([valid, valid.new_ones(q.shape[:2])], 1)
+    scores = scores.masked_fill(~allowed[:, None, None, None], float("-inf"))
+    out = torch.einsum("bhgrs,bshd->brhgd", torch.softmax(scores, -1), values)
+    return out.flatten(2, 3).to(q.dtype).contiguous()
+
+
 def _by_sample(
     k: torch.Tensor, v: torch.Tensor, layout: MediaLayout, keep_invalid: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

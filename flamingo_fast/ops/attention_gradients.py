@@ -8,17 +8,19 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def new_gradients(
-    q: torch.Tensor, k: torch.Tensor, need_dq: bool, need_dkv: bool, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for dq and for dk and dv together; fp32 of no elements for what is not needed."""
-    media_total, num_keys, kv_heads, head_dim = k.shape
+def new_dq(q: torch.Tensor, needed: bool) -> torch.Tensor:
+    """Memory for dq; fp32 of no elements if it is not needed."""
+    return q.new_empty(q.shape) if needed else q.new_empty(0, dtype=torch.float32)
+
+
+def new_dkv(k: torch.Tensor, needed: bool, interleaved: bool) -> torch.Tensor:
+    """Memory for dk and dv together; fp32 of no elements if they are not needed."""
+    if not needed:
+        return k.new_empty(0, dtype=torch.float32)
+    media, num_keys, kv_heads, head_dim = k.shape
     if interleaved:
-        dkv_shape = (media_total, num_keys, 2, kv_heads, head_dim)
-    else:
-        dkv_shape = (2, media_total, num_keys, kv_heads, head_dim)
-    dq = q.new_empty(q.shape) if need_dq else q.new_empty(0, dtype=torch.float32)
-    return dq, k.new_empty(dkv_shape) if need_dkv else k.new_empty(0, dtype=torch.float32)
+        return k.new_empty(media, num_keys, 2, kv_heads, head_dim)
+    return k.new_empty(2, media, num_keys, kv_heads, head_dim)
 
 
 def separate(dkv: torch.Tensor, interleaved: bool) -> torch.Tensor:

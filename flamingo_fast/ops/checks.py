@@ -102,6 +102,73 @@ def check_attention_inputs(
         _check_device(name, tensor, q)
     if layout.device != q.device:
         raise ValueError(f"layout: expected q's device {q.device}, got {layout.device}")
+    return _softmax_scale(softmax_scale, q)
+
+
+def check_latent_inputs(
+    q: torch.Tensor,
+    k_media: torch.Tensor,
+    v_media: torch.Tensor,
+    k_latents: torch.Tensor,
+    v_latents: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    softmax_scale: float | None,
+) -> tuple[float, torch.Tensor | None]:
+    """q (B, R, H, D), media (B, S, Hkv, D), latents (B, R, Hkv, D), media_seqlens (B,).
+
+    Returns:
+        softmax_scale, by default D ** -0.5, and media_seqlens as int32.
+    """
+    keys = {
+        "k_media": k_media,
+        "v_media": v_media,
+        "k_latents": k_latents,
+        "v_latents": v_latents,
+    }
+    for name, tensor in {"q": q, **keys}.items():
+        check_floating(name, tensor)
+    if q.dim() != 4 or q.shape[2] == 0 or q.shape[3] == 0:
+        raise ValueError(f"q: expected shape (B, R, H, D), H and D >= 1; got {_shape(q)}")
+    batch, latents, heads, head_dim = q.shape
+    if (
+        k_media.dim() != 4
+        or k_media.shape[0] != batch
+        or k_media.shape[3] != head_dim
+        or k_media.shape[2] == 0
+        or heads % k_media.shape[2]
+    ):
+        raise ValueError(
+            f"k_media: expected shape ({batch}, S, Hkv, {head_dim}), Hkv a divisor of q's {heads} "
+            f"heads; got {_shape(k_media)}"
+        )
+    of_latents = (batch, latents, *k_media.shape[2:])
+    for name, tensor in keys.items():
+        expected = _shape(k_media) if name.endswith("media") else of_latents
+        if _shape(tensor) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {_shape(tensor)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, q)
+    if media_seqlens is not None:
+        media_seqlens = check_integers("media_seqlens", media_seqlens, (batch,), q)
+    return _softmax_scale(softmax_scale, q), media_seqlens
+
+
+def check_integers(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor
+) -> torch.Tensor:
+    """`tensor`, of integers, of `shape` and on x's device, as int32."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    if _shape(tensor) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {_shape(tensor)}")
+    _check_device(name, tensor, x)
+    return tensor.to(torch.int32)
+
+
+def _softmax_scale(softmax_scale: float | None, q: torch.Tensor) -> float:
     if softmax_scale is None:
         return q.shape[3] ** -0.5
     if (

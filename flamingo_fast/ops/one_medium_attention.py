@@ -13,7 +13,8 @@ from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops import cpu_attention
 from flamingo_fast.ops.attention_gradients import (
     input_precision,
-    new_gradients,
+    new_dkv,
+    new_dq,
     of_one_projection,
     separate,
 )
@@ -88,7 +89,7 @@ def _backward(
     interleaved: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dq, dkv = new_gradients(q, k, need_dq, need_dkv, interleaved)
+    dq, dkv = new_dq(q, need_dq), new_dkv(k, need_dkv, interleaved)
     dk_dv = separate(dkv, interleaved) if need_dkv else dkv
     if impl == "triton":
         from flamingo_fast.kernels.one_medium_backward import one_medium_bwd
@@ -132,7 +133,7 @@ def _fake_backward(
     interleaved: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return new_gradients(q, k, need_dq, need_dkv, interleaved)
+    return new_dq(q, need_dq), new_dkv(k, need_dkv, interleaved)
 
 
 _forward_op = register_op(

@@ -12,7 +12,8 @@ from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops import cpu_several_media
 from flamingo_fast.ops.attention_gradients import (
     input_precision,
-    new_gradients,
+    new_dkv,
+    new_dq,
     of_one_projection,
     separate,
 )
@@ -122,7 +123,7 @@ def _backward(
     interleaved: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dq, dkv = new_gradients(q, k, need_dq, need_dkv, interleaved)
+    dq, dkv = new_dq(q, need_dq), new_dkv(k, need_dkv, interleaved)
     dk_dv = separate(dkv, interleaved) if need_dkv else dkv
     if impl == "triton":
         from flamingo_fast.kernels.several_media_backward import several_media_bwd
@@ -189,7 +190,7 @@ def _fake_backward(
     interleaved: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return new_gradients(q, k, need_dq, need_dkv, interleaved)
+    return new_dq(q, need_dq), new_dkv(k, need_dkv, interleaved)
 
 
 _forward_op = register_op(
