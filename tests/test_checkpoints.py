@@ -536,6 +536,20 @@ def test_a_block_of_another_layer_is_missing():
         load_peer_state_dict(state, blocks={1: blocks[1], 2: blocks[3]})
 
 
+def test_a_sequence_of_blocks_is_in_the_order_of_the_layers():
+    layers = (2, 10, 11)
+    state = {}
+    for i in layers:
+        state |= _state(OTTER_BLOCK, f"lang_encoder.layers.{i}.gated_cross_attn_layer.")
+    # As safetensors orders it: 10, 11, 2.
+    state = dict(sorted(state.items()))
+    blocks = [_block(_target_classes()) for _ in layers]
+    load_peer_state_dict(state, blocks=blocks)
+    for i, block in zip(layers, blocks, strict=True):
+        gate = state[f"lang_encoder.layers.{i}.gated_cross_attn_layer.attn_gate"]
+        assert torch.equal(block.attn_gate, gate)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_shapes_are_checked_before_anything_is_copied(strict):
     state = _model("otter")
