@@ -465,8 +465,13 @@ def test_a_norm_on_top_of_a_language_model_is_no_resampler():
     ("state", "peer", "error", "message"),
     [
         ([], None, TypeError, "state_dict: expected a mapping, got list"),
-        ({"model_state_dict": 1}, None, TypeError, "model_state_dict is a int"),
-        ({"latents": 1}, None, TypeError, "expected tensors, got a int for 'latents'"),
+        (
+            {"model_state_dict": 1},
+            None,
+            TypeError,
+            "expected a mapping as model_state_dict, got int",
+        ),
+        ({"latents": 1}, None, TypeError, "expected tensors, got int for 'latents'"),
         ({}, None, ValueError, "no resampler or block"),
         ({"latents": torch.ones(1)}, "otters", ValueError, "peer: expected one of .* 'otters'"),
         ({"embed": torch.ones(1)}, "otter", ValueError, r"of otter in 1 keys \(embed\)"),

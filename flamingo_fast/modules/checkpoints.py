@@ -384,11 +384,12 @@ def _tensors(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
         raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
     inner = state_dict.get("model_state_dict", state_dict)
     if not isinstance(inner, Mapping):
-        raise TypeError(f"state_dict: model_state_dict is a {type(inner).__name__}, no mapping")
+        kind = type(inner).__name__
+        raise TypeError(f"state_dict: expected a mapping as model_state_dict, got {kind}")
     for key, tensor in inner.items():
         if not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
-            raise TypeError(f"state_dict: expected tensors, got a {kind} for {key!r}")
+            raise TypeError(f"state_dict: expected tensors, got {kind} for {key!r}")
     return dict(inner)
 
 
