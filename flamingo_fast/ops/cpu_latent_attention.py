@@ -1,36 +1,108 @@
-"""The `torch` implementation of latent_attention: each medium by itself, from two sources of keys.
+"""The `torch` implementation of latent_attention: groups of media that have as many features.
 
-One call for a whole batch would choose its kernel by the size of the batch, and then a medium's
-bits would depend on the others.
+Keys and values of a group, those of the latents first, are copied to one place by head. That took
+less time than what it saves: a call for each source, which reads rows of all heads, and the merging
+of two results. Of long media the copy takes longer, so both sources are read where they are, but in
+the backward of 16 bits, which would round sums of several parts.
+
+A call's bits do not depend on how many media it has, as long as no sum is so long that it is split
+where there are too few of them: media of a group have few keys.
 """
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
 from flamingo_fast.ops.cpu_buffers import Buffers
 
-# Scores of the backward's buffers at most.
-_SCORES = 2**20
+# Memory at most of a group's keys and values in the forward, and of its backward's temporaries,
+# where there is more than one medium and head. What is small stays in caches.
+_FORWARD_BYTES, _BACKWARD_BYTES = 4 << 20, 16 << 20
+# Keys of the media of a group at most; features of media that are not copied at least, and the
+# scores that their backward has in memory.
+_FEW_KEYS, _MANY_FEATURES, _SCORES = 512, 2048, 2**20
+# PyTorch's flash kernel packs 16-bit keys if there are so many rows for each thread, whatever the
+# number of media. With fewer that may decide.
+_ROWS_OF_A_THREAD = 4
 
-_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
+
+
+@dataclasses.dataclass
+class _Source:
+    """Keys and values, (n, Hkv, S or R, D), and memory for their gradients, None if not needed."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    dk: torch.Tensor | None = None
+    dv: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, *by_key: torch.Tensor) -> "_Source":
+        """Of (n, S or R, Hkv, D)."""
+        return cls(*(tensor.transpose(1, 2) for tensor in by_key))
+
+    def of_heads(self, heads: slice) -> "_Source":
+        return _Source(
+            self.k[:, heads],
+            self.v[:, heads],
+            None if self.dk is None else self.dk[:, heads],
+            None if self.dv is None else self.dv[:, heads],
+        )
+
+
+@functools.cache
+def _has_fast_bf16() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _groups(
+    k_media: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    latents: int,
+    most_of: Callable[[int], int],
+) -> Iterator[tuple[int, int, int]]:
+    """First and end medium of each group, and their valid features.
+
+    Arguments:
+        most_of: how many media of a number of keys a group may have.
+    """
+    batch, num_keys = k_media.shape[:2]
+    lengths = [num_keys] * batch
+    if media_seqlens is not None:
+        lengths = media_seqlens.clamp(0, num_keys).tolist()
+    begin = 0
+    while begin < batch:
+        keys = lengths[begin] + latents
+        most = max(most_of(keys), 1) if keys <= _FEW_KEYS else 1
+        end = begin + 1
+        while end < min(begin + most, batch) and lengths[end] == lengths[begin]:
+            end += 1
+        yield begin, end, lengths[begin]
+        begin = end
 
 
 def _by_head(rows: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(R, H, ...) as (Hkv, R, G, ...), a view."""
-    return rows.unflatten(1, (kv_heads, -1)).transpose(0, 1)
+    """(n, R, H, D) as (n, Hkv, R, G, D), a view."""
+    return rows.unflatten(2, (kv_heads, -1)).transpose(1, 2)
 
 
-def _packed(rows: torch.Tensor) -> torch.Tensor:
-    """(Hkv, R, G, D) as (Hkv, R * G, D) with a last stride of 1: without groups mostly a view."""
-    rows = rows.flatten(1, 2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _num_valid(media_seqlens: torch.Tensor | None, k_media: torch.Tensor) -> list[int]:
-    if media_seqlens is None:
-        return [k_media.shape[1]] * k_media.shape[0]
-    return media_seqlens.clamp(0, k_media.shape[1]).tolist()
+def _join(both: torch.Tensor, media: _Source, latents: _Source) -> None:
+    """Copies keys and values to (2, n, Hkv, R + S, D)."""
+    num_latents = latents.k.shape[2]
+    for part, source in (
+        (both[:, :, :, :num_latents], latents),
+        (both[:, :, :, num_latents:], media),
+    ):
+        part[0].copy_(source.k)
+        part[1].copy_(source.v)
 
 
 def latent_forward(
@@ -53,39 +125,57 @@ def latent_forward(
     Returns:
         lse: (B, H, R), contiguous, fp32 (fp64 of fp64); (0,) if it is not needed.
     """
-    batch, latents, heads, _ = q.shape
+    batch, latents, heads, head_dim = q.shape
     kv_heads = k_media.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((batch, heads, latents) if need_lse else (0,), dtype=wide)
-    sources = [
-        [x if x.stride(-1) == 1 else x.contiguous() for x in pair]
-        for pair in ((k_media, v_media), (k_latents, v_latents))
-    ]
-    for medium, valid in enumerate(_num_valid(media_seqlens, k_media)):
-        queries = _packed(_by_head(q[medium], kv_heads))[None]
-        total: tuple[torch.Tensor, torch.Tensor] | None = None
-        for (k, v), num_keys in zip(sources, (valid, latents), strict=True):
-            if num_keys == 0:
-                continue
-            some_k, some_v = (x[medium, :num_keys].transpose(0, 1)[None] for x in (k, v))
-            part, part_lse = _flash_attention(queries, some_k, some_v, scale=softmax_scale)
-            if total is not None:
-                before, before_lse = total
-                both = torch.logaddexp(before_lse, part_lse)
-                part = (
-                    before * (before_lse - both).exp()[..., None]
-                    + part * (part_lse - both).exp()[..., None]
-                )
-                part_lse = both
-            total = part, part_lse
-        assert total is not None  # There is at least one latent.
-        rows = _by_head(out[medium], kv_heads)
-        rows.copy_(total[0].view(rows.shape))
+    rows = latents * heads // kv_heads
+    at_once = q.dtype == wide or rows >= _ROWS_OF_A_THREAD * torch.get_num_threads()
+    key_bytes = 2 * kv_heads * head_dim * q.itemsize
+    buffers = Buffers()
+    for begin, end, valid in _groups(
+        k_media, media_seqlens, latents, lambda keys: _FORWARD_BYTES // (keys * key_bytes)
+    ):
+        media = _Source.of(k_media[begin:end, :valid], v_media[begin:end, :valid])
+        of_latents = _Source.of(k_latents[begin:end], v_latents[begin:end])
+        queries = _last_contiguous(_by_head(q[begin:end], kv_heads).flatten(2, 3))
+        group_out = _by_head(out[begin:end], kv_heads)
+        if valid >= _MANY_FEATURES:
+            sums = _of_two_sources(queries, media, of_latents, softmax_scale, group_out)
+        else:
+            shape = (2, end - begin, kv_heads, latents + valid, head_dim)
+            both = buffers.take("both", shape, q.dtype)
+            _join(both, media, of_latents)
+            size = end - begin if at_once else 1
+            tensors = (queries, *both, group_out)
+            parts = []
+            for *inputs, target in zip(*(x.split(size) for x in tensors), strict=True):
+                attended, part = _flash_attention(*inputs, scale=softmax_scale)
+                target.copy_(attended.view(target.shape))
+                parts.append(part)
+            sums = parts[0] if len(parts) == 1 else torch.cat(parts)
         if need_lse:
-            sums = lse[medium].unflatten(0, (kv_heads, -1)).mT
-            sums.copy_(total[1].view(sums.shape))
+            group_lse = lse[begin:end].unflatten(1, (kv_heads, -1)).mT
+            group_lse.copy_(sums.view(group_lse.shape))
     return out, lse
+
+
+def _of_two_sources(
+    queries: torch.Tensor,
+    media: _Source,
+    latents: _Source,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Sets out, (n, Hkv, R, G, D); returns the log-sum-exp, (n, Hkv, R * G)."""
+    (of_media, media_lse), (of_latents, latents_lse) = (
+        _flash_attention(queries, *map(_last_contiguous, (source.k, source.v)), scale=softmax_scale)
+        for source in (media, latents)
+    )
+    share = torch.sigmoid(latents_lse - media_lse).to(out.dtype).view(*out.shape[:-1], 1)
+    torch.lerp(of_media.view(out.shape), of_latents.view(out.shape), share, out=out)
+    return torch.logaddexp(media_lse, latents_lse)
 
 
 def latent_backward(
@@ -108,88 +198,149 @@ def latent_backward(
     Any of the three may have no elements: what is not needed is not computed. `out` and `lse` are
     what the forward returned; the other arguments are its own.
     """
+    _, latents, heads, head_dim = q.shape
+    kv_heads = k_media.shape[2]
+    rows = latents * heads // kv_heads
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
+    need_dq, need_dmedia, need_dlatents = (x.numel() > 0 for x in (dq, dmedia, dlatents))
+
+    def most_heads(keys: int) -> int:
+        head_numel = 2 * keys * head_dim + rows * (2 * keys + 3 * head_dim)
+        return max(_BACKWARD_BYTES // (head_numel * dtype.itemsize), 1)
+
+    buffers = Buffers()
     with torch.autocast("cpu", enabled=False):
-        buffers = Buffers()
-        for medium, valid in enumerate(_num_valid(media_seqlens, k_media)):
-            _medium_backward(
-                dout[medium],
-                q[medium],
-                out[medium],
-                lse[medium],
-                [
-                    (
-                        k_media[medium, :valid],
-                        v_media[medium, :valid],
-                        dmedia[:, medium, :valid] if dmedia.numel() > 0 else None,
-                    ),
-                    (
-                        k_latents[medium],
-                        v_latents[medium],
-                        dlatents[:, medium] if dlatents.numel() > 0 else None,
-                    ),
-                ],
-                softmax_scale,
-                dq[medium] if dq.numel() > 0 else None,
-                buffers,
+        for begin, end, valid in _groups(
+            k_media, media_seqlens, latents, lambda keys: most_heads(keys) // kv_heads
+        ):
+            queries, douts, outs = (_by_head(x[begin:end], kv_heads) for x in (q, dout, out))
+            media = _Source.of(
+                k_media[begin:end, :valid],
+                v_media[begin:end, :valid],
+                *(dmedia[:, begin:end, :valid] if need_dmedia else ()),
             )
-            if dmedia.numel() > 0:
-                dmedia[:, medium, valid:].zero_()
+            of_latents = _Source.of(
+                k_latents[begin:end],
+                v_latents[begin:end],
+                *(dlatents[:, begin:end] if need_dlatents else ()),
+            )
+            group_dq = _by_head(dq[begin:end], kv_heads) if need_dq else None
+            if need_dmedia:
+                dmedia[:, begin:end, valid:].zero_()
+            if valid >= _MANY_FEATURES and q.dtype == wide:
+                group_lse = lse[begin:end].unflatten(1, (kv_heads, -1)).mT
+                sources = (of_latents, media)
+                arguments = (douts, queries, outs, group_lse, sources, softmax_scale, group_dq)
+                _long_backward(*arguments, buffers)
+                continue
+            # Of about the same size: threads share the heads of a call.
+            size = -(-kv_heads // -(-kv_heads // most_heads(valid + latents)))
+            for first in range(0, kv_heads, size):
+                some = slice(first, first + size)
+                _joined_backward(
+                    douts[:, some],
+                    queries[:, some],
+                    media.of_heads(some),
+                    of_latents.of_heads(some),
+                    softmax_scale,
+                    None if group_dq is None else group_dq[:, some],
+                    dtype,
+                    buffers,
+                )
 
 
-def _medium_backward(
+def _joined_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    media: _Source,
+    latents: _Source,
+    softmax_scale: float,
+    dq: torch.Tensor | None,
+    dtype: torch.dtype,
+    buffers: Buffers,
+) -> None:
+    """Sets dq and the sources' gradients. Rows are (n, Hkv, R, G, D).
+
+    The softmax's own kernels make fewer passes over the scores than it takes with `lse`.
+    """
+    num_latents, head_dim = q.shape[2], q.shape[4]
+    num_keys = num_latents + media.k.shape[2]
+    shape = (2, *q.shape[:2], num_keys, head_dim)
+    both = buffers.take("both", shape, dtype)
+    _join(both, media, latents)
+    keys, values = both.flatten(1, 2)
+    queries, douts = (
+        buffers.take(name, x.shape, dtype).copy_(x).flatten(2, 3).flatten(0, 1)
+        for name, x in (("q", q), ("dout", dout))
+    )
+    p, ds = (buffers.take(name, (*queries.shape[:2], num_keys), dtype) for name in ("p", "ds"))
+    torch.baddbmm(p, queries, keys.mT, beta=0, alpha=softmax_scale, out=p)
+    torch.softmax(p, -1, out=p)
+    torch.bmm(douts, values.mT, out=ds)
+    _softmax_backward(ds, p, -1, dtype, grad_input=ds)
+    if dq is not None:
+        rows = buffers.take("dq", queries.shape, dtype)
+        torch.baddbmm(rows, ds, keys, beta=0, alpha=softmax_scale, out=rows)
+        dq.copy_(rows.view(dq.shape))
+    begin = num_latents if latents.dk is None else 0
+    end = num_latents if media.dk is None else num_keys
+    if begin == end:
+        return
+    # Keys and values have been read.
+    dk, dv = buffers.take("both", (*shape[:3], end - begin, head_dim), dtype)
+    torch.bmm(p[..., begin:end].mT, douts, out=dv.flatten(0, 1))
+    of_p = ds[..., begin:end].mT
+    torch.baddbmm(
+        dk.flatten(0, 1), of_p, queries, beta=0, alpha=softmax_scale, out=dk.flatten(0, 1)
+    )
+    for source, columns in (
+        (latents, slice(0, num_latents - begin)),
+        (media, slice(num_latents - begin, end - begin)),
+    ):
+        if source.dk is not None and source.dv is not None:
+            source.dk.copy_(dk[:, :, columns])
+            source.dv.copy_(dv[:, :, columns])
+
+
+def _long_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sources: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    sources: tuple[_Source, _Source],
     softmax_scale: float,
     dq: torch.Tensor | None,
     buffers: Buffers,
 ) -> None:
-    """Sets dq and the gradients of the sources: keys, values, (keys, Hkv, D), and both gradients.
+    """The same for one medium, without a copy: gradients are written where they belong.
 
-    Rows are (R, H, D), lse is (H, R).
+    lse is (1, Hkv, R, G).
     """
-    wide = lse.dtype
-    latents, heads, head_dim = q.shape
-    kv_heads = sources[1][0].shape[1]
-    shape = (kv_heads, latents, heads // kv_heads, head_dim)
-    queries, douts = (
-        buffers.take(name, shape, wide).copy_(_by_head(rows, kv_heads)).flatten(1, 2)
-        for name, rows in (("q", q), ("dout", dout))
-    )
-    outs = _by_head(out, kv_heads).flatten(1, 2)
+    queries, douts, outs = (x[0].flatten(1, 2) for x in (q, dout, out))
+    sums = lse[0].flatten(1)[..., None]
     delta = (douts * outs).sum(-1, keepdim=True)
-    sums = lse.unflatten(0, (kv_heads, -1)).mT.flatten(1)[..., None]
-    dq_sum = buffers.take("dq", queries.shape, wide).zero_()
-    most_keys = max(_SCORES // (latents * heads), 16)
-    for keys, values, gradients in sources:
-        if gradients is None and dq is None:
+    total = buffers.take("dq", queries.shape, q.dtype)
+    some_keys = max(_SCORES // (queries.shape[0] * queries.shape[1]), 16)
+    beta = 0
+    for source in sources:
+        if dq is None and source.dk is None:
             continue
-        for begin, end in _ranges(keys.shape[0], most_keys):
-            size = (kv_heads, end - begin, head_dim)
-            some_k, some_v = (
-                buffers.take(name, size, wide).copy_(x[begin:end].transpose(0, 1))
-                for name, x in (("k", keys), ("v", values))
-            )
-            size = (kv_heads, queries.shape[1], end - begin)
-            p, ds = (buffers.take(name, size, wide) for name in ("p", "ds"))
-            torch.baddbmm(sums, queries, some_k.mT, beta=-1, alpha=softmax_scale, out=p)
-            p.exp_()
-            torch.baddbmm(delta, douts, some_v.mT, beta=-1, out=ds)
-            ds.mul_(p)
+        for begin in range(0, source.k.shape[2], some_keys):
+            some = slice(begin, begin + some_keys)
+            keys, values = source.k[0, :, some], source.v[0, :, some]
+            shape = (*queries.shape[:2], keys.shape[1])
+            p, ds = (buffers.take(name, shape, q.dtype) for name in ("p", "ds"))
+            torch.baddbmm(p, queries, keys.mT, beta=0, alpha=softmax_scale, out=p)
+            p.sub_(sums).exp_()
+            torch.bmm(douts, values.mT, out=ds)
+            ds.sub_(delta).mul_(p)
             if dq is not None:
-                torch.baddbmm(dq_sum, ds, some_k, alpha=softmax_scale, out=dq_sum)
-            if gradients is not None:
-                torch.bmm(p.mT, douts, out=some_v)
-                torch.baddbmm(some_k, ds.mT, queries, beta=0, alpha=softmax_scale, out=some_k)
-                for gradient, total in zip(gradients, (some_k, some_v), strict=True):
-                    gradient[begin:end].copy_(total.transpose(0, 1))
+                torch.baddbmm(total, ds, keys, beta=beta, alpha=softmax_scale, out=total)
+                beta = 1
+            if source.dk is not None and source.dv is not None:
+                dk, dv = source.dk[0, :, some], source.dv[0, :, some]
+                torch.bmm(p.mT, douts, out=dv)
+                torch.baddbmm(dk, ds.mT, queries, beta=0, alpha=softmax_scale, out=dk)
     if dq is not None:
-        rows = _by_head(dq, kv_heads)
-        rows.copy_(dq_sum.view(rows.shape))
-
-
-def _ranges(length: int, most: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, length, most):
-        yield begin, min(begin + most, length)
+        dq.copy_(total.view(dq.shape))
