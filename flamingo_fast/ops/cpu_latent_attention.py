@@ -1,12 +1,13 @@
 """The `torch` implementation of latent_attention: groups of media that have as many features.
 
-Keys and values of a group, those of the latents first, are copied to one place by head. That took
-less time than what it saves: a call for each source, which reads rows of all heads, and the merging
-of two results. Of long media the copy takes longer, so both sources are read where they are, but in
-the backward of 16 bits, which would round sums of several parts.
+The forward reads both sources of keys where they are and merges two results, which took less time
+than a copy of the keys. The backward copies keys and values to one place, but for long media in
+fp32: with two sources the softmax's own kernels, which make fewer passes over scores, are of no
+use, and oneDNN's products of a few heads that are read where they are take twice as long.
 
-A call's bits do not depend on how many media it has, as long as no sum is so long that it is split
-where there are too few of them: media of a group have few keys.
+A medium's bits do not depend on its group. MKL's fp32 products split sums by the number of matrices
+in a call, so they are of one medium; so are all of long sums. Of functions only those are called
+that give the same result wherever in a tensor a number is (not sigmoid, for one).
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ import torch
 
 from flamingo_fast.ops.cpu_buffers import Buffers
 
-# Memory at most of a group's keys and values in the forward, and of its backward's temporaries,
-# where there is more than one medium and head. What is small stays in caches.
-_FORWARD_BYTES, _BACKWARD_BYTES = 4 << 20, 16 << 20
-# Keys of the media of a group at most; features of media that are not copied at least, and the
-# scores that their backward has in memory.
+# Temporaries of a group at most, in bytes; of a backward's that are used again, where there is more
+# than one medium and head.
+_FORWARD_BYTES, _BACKWARD_BYTES = 8 << 20, 32 << 20
+# Keys of the media of a group of the backward at most; features of media that are not copied at
+# least, and the scores that their backward has in memory.
 _FEW_KEYS, _MANY_FEATURES, _SCORES = 512, 2048, 2**20
 # PyTorch's flash kernel packs 16-bit keys if there are so many rows for each thread, whatever the
 # number of media. With fewer that may decide.
@@ -68,7 +69,7 @@ def _groups(
     """First and end medium of each group, and their valid features.
 
     Arguments:
-        most_of: how many media of a number of keys a group may have.
+        most_of: how many media of a number of keys a group may have; less than 1 is 1.
     """
     batch, num_keys = k_media.shape[:2]
     lengths = [num_keys] * batch
@@ -76,9 +77,8 @@ def _groups(
         lengths = media_seqlens.clamp(0, num_keys).tolist()
     begin = 0
     while begin < batch:
-        keys = lengths[begin] + latents
-        most = max(most_of(keys), 1) if keys <= _FEW_KEYS else 1
         end = begin + 1
+        most = most_of(lengths[begin] + latents)
         while end < min(begin + most, batch) and lengths[end] == lengths[begin]:
             end += 1
         yield begin, end, lengths[begin]
@@ -131,51 +131,40 @@ def latent_forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((batch, heads, latents) if need_lse else (0,), dtype=wide)
     rows = latents * heads // kv_heads
-    at_once = q.dtype == wide or rows >= _ROWS_OF_A_THREAD * torch.get_num_threads()
-    key_bytes = 2 * kv_heads * head_dim * q.itemsize
-    buffers = Buffers()
-    for begin, end, valid in _groups(
-        k_media, media_seqlens, latents, lambda keys: _FORWARD_BYTES // (keys * key_bytes)
-    ):
-        media = _Source.of(k_media[begin:end, :valid], v_media[begin:end, :valid])
-        of_latents = _Source.of(k_latents[begin:end], v_latents[begin:end])
+    most = 1
+    if q.dtype == wide or rows >= _ROWS_OF_A_THREAD * torch.get_num_threads():
+        most = _FORWARD_BYTES // (2 * latents * heads * head_dim * q.itemsize)
+    for begin, end, valid in _groups(k_media, media_seqlens, latents, lambda keys: most):
         queries = _last_contiguous(_by_head(q[begin:end], kv_heads).flatten(2, 3))
-        group_out = _by_head(out[begin:end], kv_heads)
-        if valid >= _MANY_FEATURES:
-            sums = _of_two_sources(queries, media, of_latents, softmax_scale, group_out)
+        parts = [
+            _flash_attention(
+                queries,
+                *(_last_contiguous(x.transpose(1, 2)) for x in source),
+                scale=softmax_scale,
+            )
+            for source in (
+                (k_latents[begin:end], v_latents[begin:end]),
+                (k_media[begin:end, :valid], v_media[begin:end, :valid]),
+            )
+            if source[0].shape[1] > 0
+        ]
+        target = _by_head(out[begin:end], kv_heads)
+        outs = [part.view(target.shape) for part, _ in parts]
+        sums = parts[0][1]
+        if len(parts) == 1:
+            target.copy_(outs[0])
         else:
-            shape = (2, end - begin, kv_heads, latents + valid, head_dim)
-            both = buffers.take("both", shape, q.dtype)
-            _join(both, media, of_latents)
-            size = end - begin if at_once else 1
-            tensors = (queries, *both, group_out)
-            parts = []
-            for *inputs, target in zip(*(x.split(size) for x in tensors), strict=True):
-                attended, part = _flash_attention(*inputs, scale=softmax_scale)
-                target.copy_(attended.view(target.shape))
-                parts.append(part)
-            sums = parts[0] if len(parts) == 1 else torch.cat(parts)
+            of_latents, of_media = outs
+            largest = torch.maximum(sums, parts[1][1])
+            total, share = ((x - largest).exp_() for _, x in parts)
+            total += share
+            share = share.div_(total).to(q.dtype).view(*target.shape[:-1], 1)
+            torch.lerp(of_latents, of_media, share, out=target)
+            sums = total.log_().add_(largest)
         if need_lse:
             group_lse = lse[begin:end].unflatten(1, (kv_heads, -1)).mT
             group_lse.copy_(sums.view(group_lse.shape))
     return out, lse
-
-
-def _of_two_sources(
-    queries: torch.Tensor,
-    media: _Source,
-    latents: _Source,
-    softmax_scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Sets out, (n, Hkv, R, G, D); returns the log-sum-exp, (n, Hkv, R * G)."""
-    (of_media, media_lse), (of_latents, latents_lse) = (
-        _flash_attention(queries, *map(_last_contiguous, (source.k, source.v)), scale=softmax_scale)
-        for source in (media, latents)
-    )
-    share = torch.sigmoid(latents_lse - media_lse).to(out.dtype).view(*out.shape[:-1], 1)
-    torch.lerp(of_media.view(out.shape), of_latents.view(out.shape), share, out=out)
-    return torch.logaddexp(media_lse, latents_lse)
 
 
 def latent_backward(
@@ -205,15 +194,17 @@ def latent_backward(
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
     need_dq, need_dmedia, need_dlatents = (x.numel() > 0 for x in (dq, dmedia, dlatents))
 
+    def most_media(keys: int) -> int:
+        few_keys = dtype != wide and keys <= _FEW_KEYS
+        return most_heads(keys) // kv_heads if few_keys else 1
+
     def most_heads(keys: int) -> int:
         head_numel = 2 * keys * head_dim + rows * (2 * keys + 3 * head_dim)
         return max(_BACKWARD_BYTES // (head_numel * dtype.itemsize), 1)
 
     buffers = Buffers()
     with torch.autocast("cpu", enabled=False):
-        for begin, end, valid in _groups(
-            k_media, media_seqlens, latents, lambda keys: most_heads(keys) // kv_heads
-        ):
+        for begin, end, valid in _groups(k_media, media_seqlens, latents, most_media):
             queries, douts, outs = (_by_head(x[begin:end], kv_heads) for x in (q, dout, out))
             media = _Source.of(
                 k_media[begin:end, :valid],
