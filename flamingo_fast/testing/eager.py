@@ -89,6 +89,39 @@ def masked_cross_attention(
     return torch.einsum("bhls,bshd->blhd", weights, values.flatten(1, 2))
 
 
+def latent_attention(
+    q: torch.Tensor,
+    k_media: torch.Tensor,
+    v_media: torch.Tensor,
+    k_latents: torch.Tensor,
+    v_latents: torch.Tensor,
+    *,
+    media_seqlens: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """As OpenFlamingo: both sources put together, scores of all, their largest subtracted.
+
+    Arguments are those of `flamingo_fast.latent_attention`. OpenFlamingo has neither lengths nor
+    fewer key/value heads.
+    """
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    valid = None
+    if media_seqlens is not None:
+        features = torch.arange(k_media.shape[1], device=q.device)
+        valid = features < media_seqlens[:, None]
+        k_media, v_media = (x.masked_fill(~valid[..., None, None], 0) for x in (k_media, v_media))
+        valid = torch.cat([valid, valid.new_ones(q.shape[:2])], 1)
+    k, v = torch.cat([k_media, k_latents], 1), torch.cat([v_media, v_latents], 1)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = (tensor.repeat_interleave(group, dim=2) for tensor in (k, v))
+    scores = torch.einsum("brhd,bshd->bhrs", q * softmax_scale, k)
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], -torch.finfo(q.dtype).max)
+    scores = scores - scores.amax(-1, keepdim=True).detach()
+    return torch.einsum("bhrs,bshd->brhd", scores.softmax(-1), v)
+
+
 def _dense_media(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
