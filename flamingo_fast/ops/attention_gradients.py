@@ -29,7 +29,12 @@ def separate(dkv: torch.Tensor, interleaved: bool) -> torch.Tensor:
 
 
 def of_one_projection(k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether k and v are halves of (media_total, R, 2, Hkv, D); dk and dv then become such too."""
+    """Whether k and v are halves of (media_total, R, 2, Hkv, D); dk and dv then become such too.
+
+    Not under torch.compile, which can't trace a tensor's offset.
+    """
+    if torch.compiler.is_compiling():
+        return False
     width = k.shape[2] * k.shape[3]
     return (
         k.stride() == v.stride()
