@@ -28,6 +28,15 @@ def _attend(q=Q, k=K, v=None, layout=LAYOUT, **kwargs):
     return ff.masked_cross_attention(q, k, k if v is None else v, layout, **kwargs)
 
 
+LATENTS, MEDIA = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
+
+
+def _latent(q=LATENTS, k_media=MEDIA, v_media=MEDIA, k_latents=None, v_latents=None, **kwargs):
+    of_latents = torch.randn(2, 5, 2, 8)
+    k_latents, v_latents = (of_latents if x is None else x for x in (k_latents, v_latents))
+    return ff.latent_attention(q, k_media, v_media, k_latents, v_latents, **kwargs)
+
+
 def _layout(locations=LOCATIONS, num_media=2, *args, **kwargs):
     return ff.MediaLayout.from_media_locations(locations, num_media, *args, **kwargs)
 
@@ -156,6 +165,65 @@ def test_attention_that_the_kernels_do_not_take(arguments, words):
         lambda: _attend(**arguments, impl="triton"), ff.BackendUnavailableError, ["triton", *words]
     )
     torch.testing.assert_close(_attend(**arguments), _attend(**arguments, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: _latent(q=None), TypeError, ["q", "tensor", "NoneType"]),
+        (lambda: _latent(v_media=MEDIA.int()), TypeError, ["v_media", "floating", "int32"]),
+        (lambda: _latent(v_latents=[1.0]), TypeError, ["v_latents", "tensor", "list"]),
+        (lambda: _latent(q=LATENTS[0]), ValueError, ["q", "(B, R, H, D)", "(5, 4, 8)"]),
+        (lambda: _latent(q=LATENTS[..., :0]), ValueError, ["q", "D >= 1", "(2, 5, 4, 0)"]),
+        (lambda: _latent(q=LATENTS[:, :, :0]), ValueError, ["q", "H and D", "(2, 5, 0, 8)"]),
+        (lambda: _latent(k_media=MEDIA[0]), ValueError, ["k_media", "(2, S, Hkv, 8)", "(7, 2, 8)"]),
+        (lambda: _latent(k_media=MEDIA[:1]), ValueError, ["k_media", "(2, S", "(1, 7, 2, 8)"]),
+        (lambda: _latent(k_media=MEDIA[..., :4]), ValueError, ["k_media", "8)", "(2, 7, 2, 4)"]),
+        (lambda: _latent(k_media=MEDIA[:, :, :0]), ValueError, ["k_media", "divisor", "0, 8)"]),
+        (lambda: _latent(q=LATENTS[:, :, :3]), ValueError, ["k_media", "divisor of q's 3"]),
+        (lambda: _latent(v_media=MEDIA[:, :6]), ValueError, ["v_media", "(2, 7, 2, 8)", "(2, 6"]),
+        (lambda: _latent(k_latents=MEDIA), ValueError, ["k_latents", "(2, 5, 2, 8)", "(2, 7"]),
+        (lambda: _latent(v_latents=LATENTS), ValueError, ["v_latents", "(2, 5, 2, 8)", "4, 8)"]),
+        (lambda: _latent(k_media=MEDIA.half()), TypeError, ["k_media", "float32", "float16"]),
+        (lambda: _latent(v_media=MEDIA.double()), TypeError, ["v_media", "float32", "float64"]),
+        (lambda: _latent(v_media=MEDIA.to("meta")), ValueError, ["v_media", "cpu", "meta"]),
+        (lambda: _latent(media_seqlens=[7, 7]), TypeError, ["media_seqlens", "tensor", "list"]),
+        (
+            lambda: _latent(media_seqlens=torch.ones(2)),
+            TypeError,
+            ["media_seqlens", "integers", "float32"],
+        ),
+        (
+            lambda: _latent(media_seqlens=torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            ["media_seqlens", "(2,)", "(3,)"],
+        ),
+        (
+            lambda: _latent(media_seqlens=torch.ones(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            ["media_seqlens", "cpu", "meta"],
+        ),
+        (lambda: _latent(softmax_scale=float("inf")), ValueError, ["softmax_scale", "inf"]),
+        (lambda: _latent(softmax_scale=True), ValueError, ["softmax_scale", "number", "True"]),
+        (lambda: _latent(impl="flash"), ValueError, ["impl", "sdpa", "flash_attn", "'flash'"]),
+        (
+            lambda: _latent(
+                *(x.double() for x in (LATENTS, MEDIA, MEDIA)),
+                *[MEDIA[:, :5].double()] * 2,
+                impl="triton",
+            ),
+            ff.BackendUnavailableError,
+            ["triton", "fp32", "fp64"],
+        ),
+        (
+            lambda: ff.latent_attention(*[torch.randn(1, 2, 1, 264)] * 5, impl="triton"),
+            ff.BackendUnavailableError,
+            ["triton", "256", "264"],
+        ),
+    ],
+)
+def test_errors_of_latent_attention(call, error, words):
+    _assert_raises(call, error, words)
 
 
 @pytest.mark.parametrize(
