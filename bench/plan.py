@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from flamingo_fast.bench import attention, ops, pairs, pairs_layer, several_media
+from flamingo_fast.bench import attention, latent, ops, pairs, pairs_layer, several_media
 from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_name
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -14,6 +14,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     **several_media.BENCHMARKS,
     **pairs.BENCHMARKS,
     **pairs_layer.BENCHMARKS,
+    **latent.BENCHMARKS,
 }
 # Shapes of the ops that are measured against the size of their inputs.
 GROWTH: Mapping[str, Callable[[bool], tuple[Shape, ...]]] = {

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner, Result
 
 import flamingo_fast
 from flamingo_fast.bench import (
     attention,
+    latent,
     pairs,
     plan,
     plot,
@@ -52,6 +54,7 @@ def small_shape(op: Benchmark) -> tuple[int, ...]:
         2: (16, 64),
         5: (5, 64, 2, 16, 8),
         6: (2, 300, 3, 2, 16, 8),
+        7: (3, 6, 20, 4, 2, 16, 9),
         8: (2, 300, 3, 4, 2, 16, 2, 8),
     }[len(op.dims)]
 
@@ -138,7 +141,8 @@ class _CountBytes(TorchDispatchMode):
     ) -> Any:
         results = func(*args, **(kwargs or {}))
         if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            tensors = [*args, *(results if isinstance(results, tuple) else (results,))]
+            # The tensors that `cat` puts together are in a list.
+            tensors = pytree.tree_leaves((args, results))
             self.bytes += sum(_distinct_bytes(t) for t in tensors if isinstance(t, torch.Tensor))
         return results
 
@@ -157,6 +161,8 @@ class _CountBytes(TorchDispatchMode):
         ("masked_cross_attention_all_previous", (1, 1024, 2, 8, 64, 64), 0.02),
         ("masked_cross_attention_idefics", (1, 512, 2, 16, 64, 64), 0.02),
         ("masked_cross_attention_mllama", (1, 256, 1, 16, 4, 64, 2, 64), 0.02),
+        ("latent_attention", (1, 64, 1024, 8, 8, 64, 1024), 0.02),
+        ("latent_attention", (1, 64, 1024, 8, 2, 64, 1024), 0.02),
     ],
 )
 def test_eager_bytes_are_those_of_pytorchs_kernels(
@@ -575,13 +581,23 @@ def test_attention_providers_pass_the_gate(op: str, shape: tuple[int, ...], prov
         assert problems(case, attention_provider(provider, case, mode), mode) == []
 
 
-@pytest.mark.parametrize("op", ["", "_even", "_idefics", "_pairs"])
+@pytest.mark.parametrize(
+    "op",
+    [latent.NAME, *(ATTENTION.name + variant for variant in ("", "_even", "_idefics", "_pairs"))],
+)
 def test_libraries_that_need_a_gpu_say_so(op: str) -> None:
-    benchmark = plan.BENCHMARKS[ATTENTION.name + op]
+    benchmark = plan.BENCHMARKS[op]
     case = Case(benchmark, benchmark.tiny_shape, "bf16", CPU)
     for library in ("varlen", "flash_attn", "xformers"):
         with pytest.raises(Unavailable, match="its kernels need a GPU"):
             attention_provider(library, case, "fwd")
+
+
+@pytest.mark.parametrize("shortest", [9, 20])
+def test_sdpa_of_latents_passes_the_gate(shortest: int) -> None:
+    case = Case(plan.BENCHMARKS[latent.NAME], (3, 6, 20, 4, 2, 16, shortest), "fp32", CPU)
+    for mode in MODES:
+        assert problems(case, attention_provider("sdpa", case, mode), mode) == []
 
 
 def test_the_gate_compares_the_tokens_of_a_padded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,6 +757,20 @@ def test_useful_work_of_one_medium_a_token_is_that_formula() -> None:
     for mode in ("fwd", "fwd_lse", "bwd", "fwd_bwd"):
         found = several_media_work.attention_of_layout(layout, 2, 2, 16, 8, 2, mode)
         assert found == work.masked_cross_attention(shape, 2, mode)
+
+
+@pytest.mark.parametrize("shortest", [3, 9])
+def test_useful_work_of_latents_is_that_of_a_layout(shortest: int) -> None:
+    """Of one medium a sample, whose keys are the valid features and the latents."""
+    shape = (4, 5, 9, 4, 2, 16, shortest)
+    lengths = latent.media_seqlens(shape)
+    assert lengths is None or (lengths.tolist(), shortest) == ([9, 7, 5, 3], 3)
+    start = torch.zeros(4, 5, dtype=torch.int64)
+    valid = None if lengths is None else lengths + 5
+    layout = MediaLayout.from_intervals(start, start + 1, 1, 1, media_seqlens=valid)
+    for mode in ("fwd", "fwd_lse", "bwd", "fwd_bwd"):
+        expected = several_media_work.attention_of_layout(layout, 4, 2, 16, 14, 2, mode)
+        assert latent.attention_work(shape, 2, mode) == expected
 
 
 def test_useful_work_grows_with_attended_media() -> None:
