@@ -201,7 +201,7 @@ def test_repetition_changes_no_bit(impl, case, guarded):
 @cases(
     {
         "few": LatentCase(5, media_seqlens=(3, 0, 11, 11, 2)),
-        "one_head": LatentCase(4, 64, 64, 1, head_dim=64),
+        "one_head": LatentCase(3, 64, 600, 1, head_dim=64),
         "groups": LatentCase(9, 64, 200, 4, 2, 48),
         "equal_lengths": LatentCase(6, 64, 200, 2, media_seqlens=(200, 200, 200, 9, 9, 200)),
         "long": LatentCase(2, features=2100, media_seqlens=(2060, 2100)),
@@ -247,9 +247,9 @@ def test_the_torch_implementation_allocates_little(case, dtype):
     q_bytes, input_bytes = inputs[0].nbytes, sum(tensor.nbytes for tensor in inputs)
     packed = sum(tensor.nbytes for tensor in inputs[1:3]) if dtype == BF16 else 0
     assert forward <= 5 * q_bytes + packed + (16 << 20)
-    assert backward <= input_bytes + (48 << 20)
+    assert backward <= input_bytes + (56 << 20)
     scores = case.batch * case.heads * case.latents * (case.latents + case.features)
-    assert input_bytes + (48 << 20) < input_bytes + 8 * 4 * scores
+    assert input_bytes + (56 << 20) < input_bytes + 8 * 4 * scores
 
 
 @every_registered

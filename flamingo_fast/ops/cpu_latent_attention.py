@@ -1,13 +1,14 @@
 """The `torch` implementation of latent_attention: groups of media that have as many features.
 
 The forward reads both sources of keys where they are and merges two results, which took less time
-than a copy of the keys. The backward copies keys and values to one place, but for long media in
-fp32: with two sources the softmax's own kernels, which make fewer passes over scores, are of no
-use, and oneDNN's products of a few heads that are read where they are take twice as long.
+than a copy of the keys. So does the backward in fp32: by PyTorch's flash kernel, or where that is
+slower, for long media, by matrix products. Otherwise it copies keys and values to one place: with
+two sources the softmax's own kernels, which make fewer passes over scores, are of no use, and
+oneDNN's products of a few heads that are read where they are take twice as long.
 
-A medium's bits do not depend on its group. MKL's fp32 products split sums by the number of matrices
-in a call, so they are of one medium; so are all of long sums. Of functions only those are called
-that give the same result wherever in a tensor a number is (not sigmoid, for one).
+A medium's bits do not depend on its group. MKL's products split sums by the number of matrices in a
+call, so they are of one medium; so are all of long sums. Of functions only those are called that
+give the same result wherever in a tensor a number is (not sigmoid, for one).
 """
 
 import dataclasses
@@ -18,17 +19,20 @@ import torch
 
 from flamingo_fast.ops.cpu_buffers import Buffers
 
-# Temporaries of a group at most, in bytes; of a backward's that are used again, where there is more
-# than one medium and head.
-_FORWARD_BYTES, _BACKWARD_BYTES = 8 << 20, 32 << 20
-# Keys of the media of a group of the backward at most; features of media that are not copied at
-# least, and the scores that their backward has in memory.
+# Memory at most, where there is more than one medium and head: of what a group's flash kernels
+# return, and of what its matrix products read and write.
+_FLASH_BYTES, _PRODUCT_BYTES = 8 << 20, 40 << 20
+# Keys of the media of a group at most, where its backward is matrix products. Features at least of
+# media that are not copied, and the scores that their backward has in memory.
 _FEW_KEYS, _MANY_FEATURES, _SCORES = 512, 2048, 2**20
+# Head dims up to which the flash kernel's fp32 backward is the faster one.
+_FLASH_HEAD_DIM = 96
 # PyTorch's flash kernel packs 16-bit keys if there are so many rows for each thread, whatever the
 # number of media. With fewer that may decide.
 _ROWS_OF_A_THREAD = 4
 
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
@@ -68,6 +72,9 @@ def _groups(
 ) -> Iterator[tuple[int, int, int]]:
     """First and end medium of each group, and their valid features.
 
+    Media of one key/value head are alone: the flash kernels leave the threads of a single head to
+    MKL, which then may split sums.
+
     Arguments:
         most_of: how many media of a number of keys a group may have; less than 1 is 1.
     """
@@ -78,7 +85,7 @@ def _groups(
     begin = 0
     while begin < batch:
         end = begin + 1
-        most = most_of(lengths[begin] + latents)
+        most = most_of(lengths[begin] + latents) if k_media.shape[2] > 1 else 1
         while end < min(begin + most, batch) and lengths[end] == lengths[begin]:
             end += 1
         yield begin, end, lengths[begin]
@@ -133,7 +140,7 @@ def latent_forward(
     rows = latents * heads // kv_heads
     most = 1
     if q.dtype == wide or rows >= _ROWS_OF_A_THREAD * torch.get_num_threads():
-        most = _FORWARD_BYTES // (2 * latents * heads * head_dim * q.itemsize)
+        most = _FLASH_BYTES // (2 * latents * heads * head_dim * q.itemsize)
     for begin, end, valid in _groups(k_media, media_seqlens, latents, lambda keys: most):
         queries = _last_contiguous(_by_head(q[begin:end], kv_heads).flatten(2, 3))
         parts = [
@@ -192,15 +199,20 @@ def latent_backward(
     rows = latents * heads // kv_heads
     wide = torch.promote_types(q.dtype, torch.float32)
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
+    by_flash = q.dtype == wide and head_dim <= _FLASH_HEAD_DIM
     need_dq, need_dmedia, need_dlatents = (x.numel() > 0 for x in (dq, dmedia, dlatents))
 
     def most_media(keys: int) -> int:
+        if keys - latents >= _MANY_FEATURES:
+            return 1
+        if by_flash:
+            return _FLASH_BYTES // (2 * keys * kv_heads * head_dim * q.itemsize)
         few_keys = dtype != wide and keys <= _FEW_KEYS
         return most_heads(keys) // kv_heads if few_keys else 1
 
     def most_heads(keys: int) -> int:
         head_numel = 2 * keys * head_dim + rows * (2 * keys + 3 * head_dim)
-        return max(_BACKWARD_BYTES // (head_numel * dtype.itemsize), 1)
+        return max(_PRODUCT_BYTES // (head_numel * dtype.itemsize), 1)
 
     buffers = Buffers()
     with torch.autocast("cpu", enabled=False):
@@ -219,11 +231,16 @@ def latent_backward(
             group_dq = _by_head(dq[begin:end], kv_heads) if need_dq else None
             if need_dmedia:
                 dmedia[:, begin:end, valid:].zero_()
+            of_sources = None
             if valid >= _MANY_FEATURES and q.dtype == wide:
+                of_sources = _long_backward
+            elif by_flash:
+                of_sources = _sources_backward
+            if of_sources is not None:
                 group_lse = lse[begin:end].unflatten(1, (kv_heads, -1)).mT
-                sources = (of_latents, media)
-                arguments = (douts, queries, outs, group_lse, sources, softmax_scale, group_dq)
-                _long_backward(*arguments, buffers)
+                sources = [x for x in (of_latents, media) if need_dq or x.dk is not None]
+                rows_of_group = (douts, queries, outs, group_lse)
+                of_sources(*rows_of_group, sources, softmax_scale, group_dq, buffers)
                 continue
             # Of about the same size: threads share the heads of a call.
             size = -(-kv_heads // -(-kv_heads // most_heads(valid + latents)))
@@ -294,20 +311,45 @@ def _joined_backward(
             source.dv.copy_(dv[:, :, columns])
 
 
+def _sources_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sources: list[_Source],
+    softmax_scale: float,
+    dq: torch.Tensor | None,
+    buffers: Buffers,
+) -> None:
+    """The same without a copy of keys. lse is (n, Hkv, R, G)."""
+    rows = [_last_contiguous(x.flatten(2, 3)) for x in (dout, q, out)]
+    total = None
+    for source in sources:
+        keys = [_last_contiguous(x) for x in (source.k, source.v)]
+        if keys[0].shape[2] == 0:
+            continue
+        some_dq, dk, dv = _flash_backward(
+            *rows[:2], *keys, rows[2], lse.flatten(2, 3), 0.0, False, scale=softmax_scale
+        )
+        total = some_dq if total is None else total.add_(some_dq)
+        if source.dk is not None and source.dv is not None:
+            source.dk.copy_(dk)
+            source.dv.copy_(dv)
+    if dq is not None and total is not None:
+        dq.copy_(total.view(dq.shape))
+
+
 def _long_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sources: tuple[_Source, _Source],
+    sources: list[_Source],
     softmax_scale: float,
     dq: torch.Tensor | None,
     buffers: Buffers,
 ) -> None:
-    """The same for one medium, without a copy: gradients are written where they belong.
-
-    lse is (1, Hkv, R, G).
-    """
+    """The same for one medium; gradients are written where they belong."""
     queries, douts, outs = (x[0].flatten(1, 2) for x in (q, dout, out))
     sums = lse[0].flatten(1)[..., None]
     delta = (douts * outs).sum(-1, keepdim=True)
@@ -315,8 +357,6 @@ def _long_backward(
     some_keys = max(_SCORES // (queries.shape[0] * queries.shape[1]), 16)
     beta = 0
     for source in sources:
-        if dq is None and source.dk is None:
-            continue
         for begin in range(0, source.k.shape[2], some_keys):
             some = slice(begin, begin + some_keys)
             keys, values = source.k[0, :, some], source.v[0, :, some]
