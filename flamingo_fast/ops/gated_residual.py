@@ -46,7 +46,7 @@ def _fake_backward(
     return dy, empty_gradient(gate, y is not None, dout)
 
 
-_forward_op = register_op(
+gated_residual_forward_op = register_op(
     "gated_residual_fwd(Tensor x, Tensor y, Tensor gate, str impl) -> Tensor",
     _forward,
     lambda x, y, gate, impl: x.new_empty(x.shape),
@@ -67,7 +67,7 @@ class _GatedResidualFn(torch.autograd.Function):
         ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gate)
         ctx.y_dtype = y.dtype
         ctx.impl = impl
-        return _forward_op(x, y, gate, impl)
+        return gated_residual_forward_op(x, y, gate, impl)
 
     @staticmethod
     @once_differentiable

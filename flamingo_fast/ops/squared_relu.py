@@ -27,12 +27,12 @@ def _backward(x: torch.Tensor, dout: torch.Tensor, impl: str) -> torch.Tensor:
     return cpu.squared_relu_backward(x, dout)
 
 
-_forward_op = register_op(
+squared_relu_forward_op = register_op(
     "squared_relu_fwd(Tensor x, str impl) -> Tensor",
     _forward,
     lambda x, impl: x.new_empty(x.shape),
 )
-_backward_op = register_op(
+squared_relu_backward_op = register_op(
     "squared_relu_bwd(Tensor x, Tensor dout, str impl) -> Tensor",
     _backward,
     lambda x, dout, impl: x.new_empty(x.shape),
@@ -44,13 +44,13 @@ class _SquaredReluFn(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, impl: str) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.impl = impl
-        return _forward_op(x, impl)
+        return squared_relu_forward_op(x, impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _backward_op(x, dout, ctx.impl), None
+        return squared_relu_backward_op(x, dout, ctx.impl), None
 
 
 def squared_relu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:

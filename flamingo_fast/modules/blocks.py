@@ -1,0 +1,230 @@
+"""What a gated layer adds to a language model: GATED XATTN-DENSE, and cross-attention alone.
+
+B batch, L text tokens, N media of a sample, R tokens of a medium.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.layout import MediaLayout
+from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV, op_impl
+from flamingo_fast.modules.feed_forward import FeedForward
+from flamingo_fast.modules.norm import RMSNorm
+from flamingo_fast.ops.gated_residual import gated_residual
+from flamingo_fast.ops.norm import gated_residual_norm
+
+
+def _gate(dim: int, tanh_gating: bool, vector_gates: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(dim if vector_gates else 1)) if tanh_gating else None
+
+
+class _GatedLayer(nn.Module):
+    """Cross-attention with its gate, and the choice of leaving tokens without media alone."""
+
+    attn_gate: nn.Parameter | None
+
+    def __init__(
+        self, dim: int, unattended: str | None, tanh_gating: bool, vector_gates: bool, attn: Any
+    ) -> None:
+        super().__init__()
+        self.leaves_unattended = unattended == "zero_block"
+        options = {"unattended": unattended}
+        if self.leaves_unattended:
+            options = {"unattended": "zero", "past_last": "zero"}
+        self.attn = MaskedCrossAttention(dim=dim, **{**attn, **options})
+        self.attn_gate = _gate(dim, tanh_gating, vector_gates)
+        self.impl = op_impl(self.attn.impl)
+
+    def _attend(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor | None,
+        media_locations: torch.Tensor | None,
+        use_cached_media: bool,
+        layout: MediaLayout | None,
+        media_kv: MediaKV | None,
+        needs_kv: bool,
+    ) -> tuple[torch.Tensor, MediaKV | None, MediaLayout | None]:
+        if layout is None and self.leaves_unattended:
+            of_media = media if media_kv is None else media_kv[0]
+            if of_media is None:
+                raise ValueError("media: expected a tensor where media_kv is not given")
+            layout = self.attn.make_layout(x, of_media, media_locations, use_cached_media)
+        attended = self.attn(
+            x,
+            media,
+            media_locations=media_locations,
+            use_cached_media=use_cached_media,
+            layout=layout,
+            media_kv=media_kv,
+            return_media_kv=needs_kv,
+        )
+        if needs_kv:
+            attended, media_kv = attended
+        return attended, media_kv, layout
+
+    def _finish(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        media_kv: MediaKV | None,
+        layout: MediaLayout | None,
+        return_media_kv: bool,
+    ) -> Any:
+        if self.leaves_unattended and layout is not None:
+            out = torch.where(layout.attends()[..., None], out, x)
+        return (out, media_kv) if return_media_kv else out
+
+    def extra_repr(self) -> str:
+        gates = "none" if self.attn_gate is None else tuple(self.attn_gate.shape)
+        zero_block = ", unattended='zero_block'" if self.leaves_unattended else ""
+        return f"gates={gates}{zero_block}, impl={self.impl!r}"
+
+
+class GatedCrossAttentionBlock(_GatedLayer):
+    """GATED XATTN-DENSE (Flamingo, figure 4): gated cross-attention, then a gated feed-forward.
+
+    OpenFlamingo's class of that name (open_flamingo/src/helpers.py), arguments and state-dict keys;
+    flamingo-pytorch's too. The paper's is heads=16, dim_head=128, activation="squared_relu",
+    media_norm=True, bias=True.
+
+    Kept for the backward are, beside the attention's, x, the residual after it, what is normed, and
+    the first linear layer's output of the feed-forward: nothing grows with L x N.
+
+    Arguments:
+        dim, dim_visual, dim_head, heads, only_attend_immediate_media, attend, past_last,
+        media_norm, kv_heads, bias, norm, impl: see `MaskedCrossAttention`; bias and norm are also
+            of the feed-forward.
+        ff_mult: hidden width of the feed-forward, in units of dim.
+        unattended: as of `MaskedCrossAttention`; "zero_block" leaves tokens that attend to nothing
+            as they are, bit for bit, feed-forward and all (Meta's Mllama and torchtune).
+        activation: "gelu" (OpenFlamingo) or "squared_relu" (Flamingo, appendix A.1.4).
+        tanh_gating: without it, row iii of Flamingo's table 3, there are no gates.
+        vector_gates: gates of shape (dim,) in place of (1,) (IDEFICS).
+
+    Raises:
+        ValueError: a wrong argument, by name.
+    """
+
+    ff_gate: nn.Parameter | None
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_visual: int | None = None,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: float = 4,
+        only_attend_immediate_media: bool = True,
+        attend: str | None = None,
+        unattended: str | None = None,
+        past_last: str | None = None,
+        activation: str = "gelu",
+        media_norm: bool = False,
+        kv_heads: int | None = None,
+        bias: bool = False,
+        norm: str = "layer",
+        tanh_gating: bool = True,
+        vector_gates: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        attn = {
+            "dim_visual": dim_visual,
+            "dim_head": dim_head,
+            "heads": heads,
+            "only_attend_immediate_media": only_attend_immediate_media,
+            "attend": attend,
+            "past_last": past_last,
+            "media_norm": media_norm,
+            "kv_heads": kv_heads,
+            "bias": bias,
+            "norm": norm,
+            "impl": impl,
+        }
+        super().__init__(dim, unattended, tanh_gating, vector_gates, attn)
+        self.ff = FeedForward(
+            dim, ff_mult, activation=activation, norm=norm, bias=bias, impl=self.impl
+        )
+        self.ff_gate = _gate(dim, tanh_gating, vector_gates)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor | None = None,
+        media_locations: torch.Tensor | None = None,
+        use_cached_media: bool = False,
+        *,
+        layout: MediaLayout | None = None,
+        media_kv: MediaKV | None = None,
+        return_media_kv: bool = False,
+    ) -> Any:
+        """(B, L, dim) -> (B, L, dim); arguments, results and errors of `MaskedCrossAttention`."""
+        attended, media_kv, layout = self._attend(
+            x, media, media_locations, use_cached_media, layout, media_kv, return_media_kv
+        )
+        if self.attn_gate is None or self.ff_gate is None:
+            residual = x + attended
+            out = residual + self.ff(residual)
+        elif self.ff.is_plain():
+            norm: Any = self.ff[0]
+            is_rms = isinstance(norm, RMSNorm)
+            residual, normed = gated_residual_norm(
+                x,
+                attended,
+                self.attn_gate,
+                norm.weight,
+                None if is_rms else norm.bias,
+                eps=norm.eps,
+                norm="rms" if is_rms else "layer",
+                impl=self.impl,
+            )
+            out = self.ff.after_norm(normed, residual, self.ff_gate)
+        else:
+            residual = gated_residual(x, attended, self.attn_gate, impl=self.impl)
+            out = gated_residual(residual, self.ff(residual), self.ff_gate, impl=self.impl)
+        return self._finish(x, out, media_kv, layout, return_media_kv)
+
+
+class VanillaCrossAttention(_GatedLayer):
+    """x + tanh(attn_gate) * cross-attention: no feed-forward of its own (Flamingo, table 3 row iv).
+
+    In the paper it stands between the frozen self-attention and the frozen feed-forward of a layer
+    (section 4.4.2 of v1), as in the original Transformer's decoder.
+
+    Arguments and errors: those of `GatedCrossAttentionBlock` without the feed-forward's.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        unattended: str | None = None,
+        tanh_gating: bool = True,
+        vector_gates: bool = False,
+        **attn: Any,
+    ) -> None:
+        super().__init__(dim, unattended, tanh_gating, vector_gates, attn)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor | None = None,
+        media_locations: torch.Tensor | None = None,
+        use_cached_media: bool = False,
+        *,
+        layout: MediaLayout | None = None,
+        media_kv: MediaKV | None = None,
+        return_media_kv: bool = False,
+    ) -> Any:
+        """(B, L, dim) -> (B, L, dim); arguments, results and errors of `MaskedCrossAttention`."""
+        attended, media_kv, layout = self._attend(
+            x, media, media_locations, use_cached_media, layout, media_kv, return_media_kv
+        )
+        if self.attn_gate is None:
+            out = x + attended
+        else:
+            out = gated_residual(x, attended, self.attn_gate, impl=self.impl)
+        return self._finish(x, out, media_kv, layout, return_media_kv)

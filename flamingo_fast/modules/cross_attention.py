@@ -1,0 +1,281 @@
+"""MaskedCrossAttention: text attends to its media.
+
+B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, Hkv key/value heads, D
+head dim.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flamingo_fast.layout import ATTEND, MediaLayout
+from flamingo_fast.modules.feed_forward import make_norm
+from flamingo_fast.modules.plain import is_plain
+from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, IMPLS, check_impl
+from flamingo_fast.ops.masked_cross_attention import (
+    PAST_LAST,
+    UNATTENDED,
+    masked_cross_attention,
+)
+
+MediaKV = tuple[torch.Tensor, torch.Tensor]
+
+
+def check_dims(**dims: int) -> None:
+    """All are integers >= 1."""
+    for name, value in dims.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+
+
+def check_heads(heads: int, kv_heads: int | None) -> int:
+    """kv_heads, by default heads."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    check_dims(heads=heads, kv_heads=kv_heads)
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads: expected a divisor of {heads} heads, got {kv_heads}")
+    return kv_heads
+
+
+def op_impl(impl: str) -> str:
+    """Of the ops beside attention in a module of this impl."""
+    return impl if impl in IMPLS else "auto"
+
+
+class MaskedCrossAttention(nn.Module):
+    """Text attends to the latents of its media (Flamingo, section 2.3), without the residual.
+
+    OpenFlamingo's class of that name (open_flamingo/src/helpers.py), arguments and state-dict keys;
+    flamingo-pytorch's too, where dim_visual is dim. Keyword options are for what the paper and
+    other models do differently.
+
+    Arguments:
+        dim: width of the text.
+        dim_visual: width of the media; by default dim.
+        dim_head, heads: of attention.
+        only_attend_immediate_media: attend to the last medium before a token; otherwise to all
+            before it.
+        attend: "previous", "next" or "all_previous", in place of that argument.
+        unattended: what tokens get that attend to nothing, see `masked_cross_attention`; by default
+            what OpenFlamingo does: "zero", but "uniform" with all previous media.
+        past_last: the same of tokens after more image tokens than media; by default OpenFlamingo's
+            "uniform", and "zero" in packed rows.
+        media_norm: a norm of the media (Flamingo, section 3.1.2 of v1), `norm_media`.
+        kv_heads: key/value heads, a divisor of heads; by default heads.
+        bias: of the linear layers.
+        norm: "layer" or "rms".
+        impl: of attention, see `masked_cross_attention`.
+
+    Raises:
+        ValueError: a wrong argument, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_visual: int | None = None,
+        dim_head: int = 64,
+        heads: int = 8,
+        only_attend_immediate_media: bool = True,
+        attend: str | None = None,
+        unattended: str | None = None,
+        past_last: str | None = None,
+        media_norm: bool = False,
+        kv_heads: int | None = None,
+        bias: bool = False,
+        norm: str = "layer",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        dim_visual = dim if dim_visual is None else dim_visual
+        check_dims(dim=dim, dim_visual=dim_visual, dim_head=dim_head)
+        self.heads, self.dim_head = heads, dim_head
+        self.kv_heads = check_heads(heads, kv_heads)
+        self.only_attend_immediate_media = only_attend_immediate_media
+        default = "previous" if only_attend_immediate_media else "all_previous"
+        self.attend = _one_of("attend", default if attend is None else attend, ATTEND)
+        default = "uniform" if self.attend == "all_previous" else "zero"
+        self.unattended = _one_of(
+            "unattended", default if unattended is None else unattended, UNATTENDED
+        )
+        self.past_last = None if past_last is None else _one_of("past_last", past_last, PAST_LAST)
+        self.impl = check_impl(impl, ATTENTION_IMPLS)
+        self.norm = make_norm(norm, dim, op_impl(impl))
+        self.norm_media = make_norm(norm, dim_visual, op_impl(impl)) if media_norm else None
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
+        self.to_kv = nn.Linear(dim_visual, 2 * self.kv_heads * dim_head, bias=bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor | None = None,
+        media_locations: torch.Tensor | None = None,
+        use_cached_media: bool = False,
+        *,
+        layout: MediaLayout | None = None,
+        media_kv: MediaKV | None = None,
+        return_media_kv: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, MediaKV]:
+        """Attention alone: the residual and its gate are the block's.
+
+        Arguments:
+            x: (B, L, dim).
+            media: (B, N, R, dim_visual), or (media_total, R, dim_visual) with `layout`; may be None
+                where media_kv is given.
+            media_locations: (B, L) bool, True at image tokens. None: all text attends to all media.
+            use_cached_media: all of x comes after the last image token of media_locations, whose
+                length may be another.
+            layout: which media each token attends to, in place of media_locations; make it once for
+                all layers of a model.
+            media_kv: keys and values that `project_media` returned, as for decoding.
+            return_media_kv: return these too.
+
+        Returns:
+            (B, L, dim); with return_media_kv, and the keys and values.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name.
+        """
+        if media_kv is None:
+            if media is None:
+                raise ValueError("media: expected a tensor where media_kv is not given")
+            media_kv = self.project_media(media)
+        if layout is None:
+            layout = self.make_layout(x, media_kv[0], media_locations, use_cached_media)
+        past_last = self.past_last
+        if past_last is None:
+            past_last = "zero" if layout.is_packed else "uniform"
+        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, self.dim_head))
+        attended = masked_cross_attention(
+            q,
+            *media_kv,
+            layout,
+            unattended=self.unattended,
+            past_last=past_last,
+            impl=self.impl,
+        )
+        out = self.to_out(attended.flatten(-2))
+        return (out, media_kv) if return_media_kv else out
+
+    def project_media(self, media: torch.Tensor) -> MediaKV:
+        """Keys and values, (..., R, Hkv, D) each, of media (..., R, dim_visual)."""
+        if self.norm_media is not None:
+            media = self.norm_media(media)
+        return self.split_kv(self.to_kv(media))
+
+    def split_kv(self, projected: torch.Tensor) -> MediaKV:
+        """Keys and values of what `to_kv` returns: views."""
+        k, v = projected.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(-3)
+        return k, v
+
+    def make_layout(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor,
+        media_locations: torch.Tensor | None,
+        use_cached_media: bool = False,
+    ) -> MediaLayout:
+        """The layout that OpenFlamingo's arguments say.
+
+        Arguments:
+            x: (B, L, ...).
+            media: (B, N, ...).
+            media_locations, use_cached_media: those of `forward`.
+        """
+        batch, seqlen = x.shape[:2]
+        num_media = media.shape[1]
+        if media.shape[0] != batch or media.dim() < 4:
+            raise ValueError(
+                f"media: expected {batch} samples of media (B, N, R, ...) as x has, or a layout; "
+                f"got shape {tuple(media.shape)}"
+            )
+        if media_locations is None:
+            start = torch.zeros(batch, seqlen, dtype=torch.int32, device=x.device)
+            return MediaLayout.from_intervals(
+                start, start + num_media, num_media, max(num_media, 1)
+            )
+        if not use_cached_media:
+            if media_locations.shape[:2] != x.shape[:2]:
+                raise ValueError(
+                    f"media_locations: expected shape {(batch, seqlen)}, x's, got "
+                    f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
+                )
+            return MediaLayout.from_media_locations(media_locations, num_media, self.attend)
+        if media_locations.shape[1] == 0:
+            media_locations = F.pad(media_locations, (0, 1))
+        layout = MediaLayout.from_media_locations(media_locations, num_media, self.attend)
+        start, end = (
+            bound[:, -1:].expand(-1, seqlen) for bound in (layout.media_start, layout.media_end)
+        )
+        return MediaLayout.from_intervals(start, end, num_media, layout.max_media_per_token)
+
+    def extra_repr(self) -> str:
+        kv_heads = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
+        return (
+            f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, attend={self.attend!r}, "
+            f"unattended={self.unattended!r}, impl={self.impl!r}"
+        )
+
+
+def project_media_kv(
+    layers: Sequence[nn.Module], media: torch.Tensor, *, merge: bool | None = None
+) -> list[MediaKV]:
+    """Keys and values of the media for all gated layers of a model, in one matrix product.
+
+    For inference: once a sequence, before the first layer; each layer then takes its own as
+    `media_kv`. Layers with a norm of the media, or whose weights may not be read (LoRA, quantised,
+    sharded or hooked layers), project on their own.
+
+    Arguments:
+        layers: `MaskedCrossAttention`s, or blocks with one as `attn`.
+        media: (..., R, dim_visual).
+        merge: whether to; by default where gradients are off and not on a CPU, which copies weights
+            in more time than it saves.
+
+    Returns:
+        (k, v), (..., R, Hkv, D) each, of each layer.
+    """
+    attentions: list[Any] = [getattr(layer, "attn", layer) for layer in layers]
+    if merge is None:
+        merge = not torch.is_grad_enabled() and media.device.type != "cpu"
+    together = [
+        attention
+        for attention in attentions
+        if merge and attention.norm_media is None and is_plain(attention.to_kv)
+    ]
+    if len(together) < 2:
+        return [attention.project_media(media) for attention in attentions]
+    weights = torch.cat([attention.to_kv.weight for attention in together])
+    biases = [attention.to_kv.bias for attention in together]
+    bias = None
+    if any(each is not None for each in biases):
+        bias = torch.cat(
+            [
+                attention.to_kv.weight.new_zeros(attention.to_kv.out_features)
+                if attention.to_kv.bias is None
+                else attention.to_kv.bias
+                for attention in together
+            ]
+        )
+    projected = F.linear(media, weights, bias).split(
+        [attention.to_kv.out_features for attention in together], -1
+    )
+    of_layer = {
+        id(attention): attention.split_kv(part)
+        for attention, part in zip(together, projected, strict=True)
+    }
+    return [
+        of_layer[id(attention)] if id(attention) in of_layer else attention.project_media(media)
+        for attention in attentions
+    ]
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+    return value

@@ -1,0 +1,91 @@
+"""The feed-forward of gated blocks and resamplers: norm, linear, activation, linear."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.modules.activation import SquaredReLU
+from flamingo_fast.modules.norm import LayerNorm, RMSNorm
+from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.ops.dispatch import check_impl
+from flamingo_fast.ops.feed_forward import check_activation, feed_forward
+from flamingo_fast.ops.norm import check_norm_name
+
+
+def make_norm(norm: str, dim: int, impl: str) -> LayerNorm | RMSNorm:
+    """Of eps 1e-5, which is torch.nn.LayerNorm's and the peers'."""
+    if check_norm_name(norm) == "rms":
+        return RMSNorm(dim, 1e-5, impl=impl)
+    return LayerNorm(dim, impl=impl)
+
+
+class FeedForward(nn.Sequential):
+    """linear(activation(linear(norm(x)))), with OpenFlamingo's state-dict keys.
+
+    For the backward are kept x, what is normed, and the first linear layer's output.
+
+    Arguments:
+        dim: width of x.
+        mult: hidden width, in units of dim.
+        activation: "gelu" (OpenFlamingo: the exact one) or "squared_relu" (Flamingo, A.1.4).
+        norm: "layer" or "rms".
+        bias: whether the linear layers have one.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: an unknown activation, norm or impl; mult * dim is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mult: float = 4,
+        *,
+        activation: str = "gelu",
+        norm: str = "layer",
+        bias: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        hidden = int(dim * mult)
+        if hidden < 1:
+            raise ValueError(f"mult: expected a hidden width of at least 1, got {mult!r} x {dim}")
+        super().__init__(
+            make_norm(norm, dim, impl),
+            nn.Linear(dim, hidden, bias=bias),
+            nn.GELU() if check_activation(activation) == "gelu" else SquaredReLU(impl=impl),
+            nn.Linear(hidden, dim, bias=bias),
+        )
+        self.activation = activation
+        self.impl = check_impl(impl)
+
+    def is_plain(self) -> bool:
+        """Whether `after_norm` does what this module would do after its norm."""
+        return type(self) is FeedForward and not has_hooks(self) and is_plain(*self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        if not is_plain(self[1], self[2], self[3]):
+            return super().forward(x)
+        return self.after_norm(self[0](x))
+
+    def after_norm(
+        self,
+        normed: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What follows the norm, and residual + tanh(gate) * it if these are given."""
+        up: Any = self[1]
+        down: Any = self[3]
+        return feed_forward(
+            normed,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+            activation=self.activation,
+            residual=residual,
+            gate=gate,
+            impl=self.impl,
+        )

@@ -1,0 +1,34 @@
+"""Whether a module's weights may be read past its forward.
+
+Fused paths do so. They step aside where a module's own forward does more than its class says: LoRA
+and quantised layers are other classes, hooks see or change what passes, and sharded weights are
+whole only inside their own module's forward.
+"""
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _nn_module
+
+from flamingo_fast.modules.activation import SquaredReLU
+from flamingo_fast.modules.norm import LayerNorm, RMSNorm
+
+_PLAIN = (nn.Linear, LayerNorm, RMSNorm, nn.GELU, SquaredReLU)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Of its own, or of all modules."""
+    return any(getattr(module, name) for name in _HOOKS) or _nn_module._has_any_global_hook()
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether each is a linear layer, norm or activation and nothing more, with whole weights."""
+    return all(
+        type(module) in _PLAIN
+        and not has_hooks(module)
+        and "forward" not in module.__dict__
+        and all(
+            type(parameter) in (nn.Parameter, torch.Tensor) for parameter in module.parameters()
+        )
+        for module in modules
+    )

@@ -1,0 +1,443 @@
+"""Resamplers: visual features of a medium, as tokens that text attends to.
+
+B batch, N media of a sample, F frames of a medium, S features of a frame, R latents.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flamingo_fast.modules.cross_attention import check_dims, check_heads, op_impl
+from flamingo_fast.modules.feed_forward import FeedForward, make_norm
+from flamingo_fast.modules.norm import LayerNorm
+from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
+from flamingo_fast.ops.latent_attention import latent_attention
+from flamingo_fast.ops.norm import layer_norm
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to a medium's features and to themselves (Flamingo, appendix A.1.1).
+
+    OpenFlamingo's and flamingo-pytorch's class of that name, arguments and state-dict keys.
+
+    Arguments:
+        dim: width of features and latents.
+        dim_head, heads: of attention.
+        kv_heads: key/value heads, a divisor of heads (Idefics2: 4 of 16); by default heads.
+        bias: of the linear layers.
+        norm: "layer" or "rms".
+        impl: of attention, see `latent_attention`.
+
+    Raises:
+        ValueError: a wrong argument, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        bias: bool = False,
+        norm: str = "layer",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_dims(dim=dim, dim_head=dim_head)
+        self.heads, self.dim_head = heads, dim_head
+        self.kv_heads = check_heads(heads, kv_heads)
+        self.impl = check_impl(impl, ATTENTION_IMPLS)
+        self.norm_media = make_norm(norm, dim, op_impl(impl))
+        self.norm_latents = make_norm(norm, dim, op_impl(impl))
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
+        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        latents: torch.Tensor,
+        *,
+        media_seqlens: torch.Tensor | None = None,
+        media_kv: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention alone, without the residual.
+
+        Arguments:
+            x: (..., S, dim), any number of dimensions before.
+            latents: (..., R, dim), or with ones in place of x's first dimensions.
+            media_seqlens: (...) integers, the valid features of each medium, its first ones.
+            media_kv: (..., S, 2 * kv_heads * dim_head), `to_kv(norm_media(x))` made elsewhere.
+
+        Returns:
+            (..., R, dim).
+        """
+        outer = x.shape[:-2]
+        normed = self.norm_latents(latents)
+        if media_kv is None:
+            media_kv = self.to_kv(self.norm_media(x))
+
+        def by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
+            by_head = projected.unflatten(-1, (-1, heads, self.dim_head))
+            by_head = by_head.expand(*outer, *by_head.shape[-4:])
+            return by_head.flatten(0, -5) if outer else by_head[None]
+
+        q = by_head(self.to_q(normed), self.heads).squeeze(2)
+        k_media, v_media = by_head(media_kv, self.kv_heads).unbind(2)
+        k_latents, v_latents = by_head(self.to_kv(normed), self.kv_heads).unbind(2)
+        attended = latent_attention(
+            q,
+            k_media,
+            v_media,
+            k_latents,
+            v_latents,
+            media_seqlens=None if media_seqlens is None else media_seqlens.flatten(),
+            impl=self.impl,
+        )
+        return self.to_out(attended.flatten(-2)).view(*outer, *latents.shape[-2:])
+
+    def extra_repr(self) -> str:
+        kv_heads = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
+        return f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, impl={self.impl!r}"
+
+
+class _Resampler(nn.Module):
+    """What all resamplers do with features before their layers.
+
+    Arguments:
+        dim: width of the layers.
+        dim_media: width of the features, if it is another: a projection comes first (which the
+            paper's parameter counts suggest).
+        max_num_frames: learnt embeddings of so many frames; of more they are interpolated
+            (Flamingo, appendix B.1.2: 8 in training, 30 in evaluation).
+        max_num_media: learnt embeddings of the places of so many media, an OpenFlamingo option.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_media: int | None,
+        max_num_frames: int | None,
+        max_num_media: int | None,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "dim_media": dim_media}
+        sizes |= {"max_num_frames": max_num_frames, "max_num_media": max_num_media}
+        check_dims(**{name: size for name, size in sizes.items() if size is not None})
+        self.dim = dim
+        self.media_proj = None if dim_media is None else nn.Linear(dim_media, dim)
+        self.frame_embs = self.media_time_embs = None
+        if max_num_frames is not None:
+            self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim))
+        if max_num_media is not None:
+            self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim))
+
+    def _embed(
+        self, x: torch.Tensor, media_seqlens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, F * S, dim) of x, and media_seqlens checked."""
+        width = self.dim if self.media_proj is None else self.media_proj.in_features
+        if x.dim() not in (3, 4, 5) or x.shape[-1] != width:
+            raise ValueError(
+                f"x: expected shape (B, N, F, S, {width}), (B, N, S, {width}) or (B, S, {width}); "
+                f"got {tuple(x.shape)}"
+            )
+        if x.dim() == 3:
+            x = x[:, None]
+        if x.dim() == 4:
+            x = x[:, :, None]
+        num_media, num_frames = x.shape[1:3]
+        if media_seqlens is not None and media_seqlens.shape != x.shape[:2]:
+            raise ValueError(
+                f"media_seqlens: expected shape {tuple(x.shape[:2])}, got "
+                f"{tuple(media_seqlens.shape)}"
+            )
+        if self.media_proj is not None:
+            x = self.media_proj(x)
+        if self.frame_embs is not None:
+            x = x + self._frame_embs(num_frames)[:, None]
+        x = x.flatten(2, 3)
+        if self.media_time_embs is not None:
+            if num_media > self.media_time_embs.shape[0]:
+                raise ValueError(
+                    f"x: expected at most max_num_media = {self.media_time_embs.shape[0]} media, "
+                    f"got {num_media}"
+                )
+            x = x + self.media_time_embs[:num_media]
+        return x, media_seqlens
+
+    def _frame_embs(self, num_frames: int) -> torch.Tensor:
+        """(F, dim); the first and the last frame keep theirs where the others are interpolated."""
+        assert self.frame_embs is not None
+        if num_frames <= self.frame_embs.shape[0]:
+            return self.frame_embs[:num_frames]
+        wide = self.frame_embs.to(torch.promote_types(self.frame_embs.dtype, torch.float32))
+        between = F.interpolate(wide.mT[None], num_frames, mode="linear", align_corners=True)
+        return between[0].mT.to(self.frame_embs.dtype)
+
+
+class PerceiverResampler(_Resampler):
+    """R latents for each medium, whatever the number of its features (Flamingo, section 2.2).
+
+    OpenFlamingo's class of that name (open_flamingo/src/helpers.py), arguments and state-dict keys.
+    The paper's is dim=1536, heads=16, dim_head=128 (v1, table 13), activation="squared_relu".
+
+    Arguments:
+        dim: width of features and latents.
+        depth: layers.
+        dim_head, heads, kv_heads: of attention.
+        num_latents: R.
+        max_num_media, max_num_frames: learnt embeddings of media's places and of frames, which are
+            interpolated for more frames; None: no such embeddings.
+        ff_mult: hidden width of the feed-forwards, in units of dim.
+        dim_media: width of the features, if it is not dim; they are projected then.
+        activation: "gelu" (OpenFlamingo) or "squared_relu" (the paper).
+        bias: of the linear layers.
+        norm: "layer" or "rms".
+        impl: of attention, see `latent_attention`.
+
+    Attributes:
+        merge_media_projections: whether the media are normed once, and projected to keys and values
+            of all layers in one matrix product, where no gradient is wanted. None: not on a CPU,
+            which it doesn't help. Layers whose weights may not be read project on their own.
+
+    Raises:
+        ValueError: a wrong argument, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        ff_mult: float = 4,
+        kv_heads: int | None = None,
+        dim_media: int | None = None,
+        activation: str = "gelu",
+        bias: bool = False,
+        norm: str = "layer",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(dim, dim_media, max_num_frames, max_num_media)
+        check_dims(num_latents=num_latents)
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(
+                        dim=dim,
+                        dim_head=dim_head,
+                        heads=heads,
+                        kv_heads=kv_heads,
+                        bias=bias,
+                        norm=norm,
+                        impl=impl,
+                    ),
+                    FeedForward(
+                        dim,
+                        ff_mult,
+                        activation=activation,
+                        norm=norm,
+                        bias=bias,
+                        impl=op_impl(impl),
+                    ),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.norm = make_norm(norm, dim, op_impl(impl))
+        self.merge_media_projections: bool | None = None
+
+    def forward(
+        self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Resamples.
+
+        Arguments:
+            x: (B, N, F, S, dim or dim_media), or (B, N, S, dim) of images, or (B, S, dim) of one.
+            media_seqlens: (B, N) integers, the valid features of each medium among its F * S, the
+                first ones: of short videos and padded images.
+
+        Returns:
+            (B, N, R, dim).
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name.
+        """
+        x, media_seqlens = self._embed(x, media_seqlens)
+        media_kv = self._project_media(x)
+        # Of all media the first layer's latents are the same.
+        latents = self.latents.expand(*(1,) * (x.dim() - 2), -1, -1)
+        layers: Any = self.layers
+        for (attn, ff), kv in zip(layers, media_kv, strict=True):
+            latents = latents + attn(x, latents, media_seqlens=media_seqlens, media_kv=kv)
+            latents = latents + ff(latents)
+        latents = self.norm(latents)
+        return latents.expand(*x.shape[:2], -1, -1)
+
+    def _project_media(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """What each layer's to_kv(norm_media(x)) is; None: it sees to that itself."""
+        layers: Any = self.layers
+        attentions = [attn for attn, _ in layers]
+        merge = self.merge_media_projections
+        if merge is None:
+            merge = x.device.type != "cpu"
+        merge = (
+            merge
+            and not torch.is_grad_enabled()
+            and len(attentions) > 1
+            and all(
+                not has_hooks(attn)
+                and isinstance(attn.norm_media, LayerNorm)
+                and is_plain(attn.norm_media, attn.to_kv)
+                for attn in attentions
+            )
+        )
+        if not merge:
+            return [None] * len(attentions)
+        weights, biases = [], []
+        for attn in attentions:
+            norm, weight = attn.norm_media, attn.to_kv.weight
+            weights.append(weight * norm.weight)
+            bias = torch.mv(weight, norm.bias.to(weight.dtype))
+            biases.append(bias if attn.to_kv.bias is None else bias + attn.to_kv.bias)
+        norm = attentions[0].norm_media
+        xhat = layer_norm(x, None, None, eps=norm.eps, impl=norm.impl)
+        projected = F.linear(xhat, torch.cat(weights), torch.cat(biases))
+        return list(projected.chunk(len(attentions), -1))
+
+    def extra_repr(self) -> str:
+        frames = 0 if self.frame_embs is None else self.frame_embs.shape[0]
+        return f"dim={self.dim}, num_latents={self.latents.shape[0]}, max_num_frames={frames}"
+
+
+class MLPResampler(_Resampler):
+    """Feed-forwards on each feature; as many tokens come out as go in (Flamingo, table 3 row vi).
+
+    The paper gives it the Perceiver Resampler's number of parameters, and no dimensions (section
+    4.4.2 of v1): `depth` layers of norm, linear, activation, linear with residuals.
+
+    Arguments and errors: those of `PerceiverResampler` that it has.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        ff_mult: float = 4,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        dim_media: int | None = None,
+        activation: str = "gelu",
+        bias: bool = False,
+        norm: str = "layer",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(dim, dim_media, max_num_frames, max_num_media)
+        options: dict[str, Any] = {"activation": activation, "norm": norm, "bias": bias}
+        impl = op_impl(impl)
+        self.layers = nn.ModuleList(
+            FeedForward(dim, ff_mult, impl=impl, **options) for _ in range(depth)
+        )
+        self.norm = make_norm(norm, dim, impl)
+
+    def forward(
+        self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, N, F, S, dim) -> (B, N, F * S, dim); of padding, any value: see `MediaLayout`."""
+        x, _ = self._embed(x, media_seqlens)
+        for ff in self.layers:
+            x = x + ff(x)
+        return self.norm(x)
+
+
+class SelfAttention(nn.Module):
+    """Tokens attend to all tokens of their medium, without the residual.
+
+    Arguments: those of `PerceiverAttention`.
+    """
+
+    def __init__(
+        self, *, dim: int, dim_head: int, heads: int, bias: bool, norm: str, impl: str
+    ) -> None:
+        super().__init__()
+        check_dims(dim=dim, dim_head=dim_head, heads=heads)
+        self.heads, self.dim_head = heads, dim_head
+        self.norm = make_norm(norm, dim, op_impl(impl))
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(M, T, dim) -> (M, T, dim); mask (M, 1, 1, T) bool, True at keys that are valid."""
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.dim_head))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class TransformerResampler(_Resampler):
+    """A Transformer encoder over a medium's features, all of which come out (table 3 row vi).
+
+    The paper gives it the Perceiver Resampler's number of parameters, and no dimensions (section
+    4.4.2 of v1): `depth` layers of self-attention and feed-forward, norms first.
+
+    Arguments and errors: those of `PerceiverResampler` that it has.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: float = 4,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        dim_media: int | None = None,
+        activation: str = "gelu",
+        bias: bool = False,
+        norm: str = "layer",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(dim, dim_media, max_num_frames, max_num_media)
+        attention: dict[str, Any] = {"dim": dim, "dim_head": dim_head, "heads": heads}
+        options: dict[str, Any] = {"norm": norm, "bias": bias, "impl": op_impl(impl)}
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    SelfAttention(**attention, **options),
+                    FeedForward(dim, ff_mult, activation=activation, **options),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.norm = make_norm(norm, dim, op_impl(impl))
+
+    def forward(
+        self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, N, F, S, dim) -> (B, N, F * S, dim); no valid feature attends to padding."""
+        x, media_seqlens = self._embed(x, media_seqlens)
+        outer = x.shape[:2]
+        x = x.flatten(0, 1)
+        mask = None
+        if media_seqlens is not None:
+            # The first one always: a softmax over nothing would be NaN.
+            valid = media_seqlens.flatten().clamp(min=1)
+            mask = (torch.arange(x.shape[1], device=x.device) < valid[:, None])[:, None, None]
+        layers: Any = self.layers
+        for attn, ff in layers:
+            x = x + attn(x, mask)
+            x = x + ff(x)
+        return self.norm(x).unflatten(0, outer)
