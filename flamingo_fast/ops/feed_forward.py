@@ -1,8 +1,8 @@
 """feed_forward: two linear layers around an activation, and the tanh-gated residual after them.
 
-Saves its input and the first layer's output. The activation is computed again in the backward, and
-what the gate's gradient needs is not the output of the second layer but sums that the gradient of
-its weight consists of anyway: of dout * y the sum over tokens is that of weight * (dout^T a).
+Saves its input and the first layer's output. The activation a is computed again in the backward,
+and the gate's gradient takes no output of the second layer: the sum of dout * (a W^T) over tokens
+and columns is that of (dout W) * a.
 """
 
 from typing import Any
@@ -92,38 +92,64 @@ class _FeedForwardFn(torch.autograd.Function):
         gate, x, hidden, weight_up, weight_down, bias_down = ctx.saved_tensors
         needs = ctx.needs_input_grad
         need_dgate, need_dx, need_up, need_bias_up, need_down, need_bias_down = needs[1:7]
-        need_dhidden = need_dx or need_up or need_bias_up
+        dresidual = dout if needs[0] else None
+        activation, impl = ctx.activation, ctx.impl
         rows = dout.flatten(0, -2).to(weight_down.dtype)
-        activated = None
+        # The factor tanh(gate) of everything goes where matrices are narrow: a scalar one to the
+        # ends, and a vector's, which is one of dout's columns, to dout.
+        is_vector = gate is not None and gate.numel() > 1
+
+        def scaled(tensor: torch.Tensor) -> torch.Tensor:
+            if gate is None:
+                return tensor
+            return gated_residual_backward_op(tensor, None, gate, tensor.dtype, True, impl)[0]
+
+        def dgate_of(gradient: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+            return gated_residual_backward_op(gradient, product, gate, product.dtype, False, impl)[
+                1
+            ]
+
+        # What is None here is not used below: mypy can't tell.
+        activated: Any = None
+        column_sums: Any = None
+        scaled_rows: Any = None
+        dhidden: Any = None
+        dgate: Any = None
+        dx = dweight_up = dbias_up = dweight_down = dbias_down = None
         if need_down or need_dgate:
-            activated = _activate(hidden, ctx.activation, ctx.impl).flatten(0, -2)
-        dgate, dactivated, dweight_down, dbias_down = _gated_product_backward(
-            rows,
-            activated,
-            weight_down,
-            bias_down,
-            gate,
-            ctx.impl,
-            need_dgate,
-            need_dhidden,
-            need_down,
-            need_bias_down,
-        )
-        del activated
-        dx = dweight_up = dbias_up = None
-        if dactivated is not None:
-            dhidden = _activation_backward(
-                hidden.flatten(0, -2), dactivated, ctx.activation, ctx.impl
-            )
+            activated = _activate(hidden, activation, impl).flatten(0, -2)
+        if need_bias_down or (need_dgate and bias_down is not None):
+            column_sums = _column_sums(rows)
+        if need_dgate and is_vector:
+            # Not (dout W) * a, whose sums are not those of dout's columns.
+            dgate = dgate_of(activated.mT @ rows, weight_down.mT)
+        if need_down or is_vector:
+            scaled_rows = scaled(rows)
+        if need_down:
+            dweight_down = scaled_rows.mT @ activated
+        if need_bias_down:
+            dbias_down = scaled(column_sums[None])[0]
+        if need_dx or need_up or need_bias_up or (need_dgate and not is_vector):
+            dactivated = (scaled_rows if is_vector else rows) @ weight_down
+            if need_dgate and not is_vector:
+                dgate = dgate_of(dactivated, activated)
+            dhidden = _activation_backward(hidden.flatten(0, -2), dactivated, activation, impl)
             del dactivated
-            if need_up:
-                dweight_up = dhidden.mT @ x.flatten(0, -2)
-            if need_bias_up:
-                dbias_up = _column_sums(dhidden)
-            if need_dx:
-                dx = (dhidden @ weight_up).view(*dout.shape[:-1], -1)
+        del activated
+        if need_dgate and bias_down is not None:
+            dgate += dgate_of(column_sums[None], bias_down[None])
+
+        def rescaled(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if is_vector else scaled(tensor)
+
+        if need_up:
+            dweight_up = dhidden.mT @ rescaled(x.flatten(0, -2))
+        if need_bias_up:
+            dbias_up = rescaled(_column_sums(dhidden)[None])[0]
+        if need_dx:
+            dx = rescaled(dhidden @ weight_up).view(*dout.shape[:-1], -1)
         return (
-            dout if needs[0] else None,
+            dresidual,
             dgate,
             dx,
             dweight_up,
@@ -133,67 +159,6 @@ class _FeedForwardFn(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _gated_product_backward(
-    dout: torch.Tensor,
-    activated: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    impl: str,
-    need_dgate: bool,
-    need_dactivated: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """(dgate, dactivated, dweight, dbias) of tanh(gate) * (activated @ weight.mT + bias).
-
-    Arguments:
-        dout: (rows, width).
-        activated: (rows, hidden); None if neither gate nor weight need a gradient.
-    """
-    dgate = dactivated = dweight = dbias = None
-    if gate is None:
-        if need_dactivated:
-            dactivated = dout @ weight
-        if need_dweight:
-            assert activated is not None
-            dweight = dout.mT @ activated
-        return None, dactivated, dweight, _column_sums(dout) if need_dbias else None
-
-    def through_gate(
-        gradient: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return gated_residual_backward_op(gradient, factor, gate, dtype, True, impl)
-
-    of_products: list[torch.Tensor] = []
-    if need_dgate or need_dweight:
-        assert activated is not None
-        if gate.numel() > 1:
-            # The columns of a vector gate are those of dout.
-            product, of_product = through_gate(activated.mT @ dout, weight.mT, weight.dtype)
-            dweight = product.mT
-        elif need_dweight:
-            dweight, of_product = through_gate(dout.mT @ activated, weight, weight.dtype)
-        else:
-            dactivated, of_product = through_gate(dout @ weight, activated, dout.dtype)
-        of_products.append(of_product)
-    if need_dbias or (need_dgate and bias is not None):
-        assert bias is not None
-        dbias, of_bias = through_gate(_column_sums(dout)[None], bias[None], bias.dtype)
-        dbias = dbias[0]
-        of_products.append(of_bias)
-    if need_dactivated and dactivated is None:
-        dactivated = through_gate(dout, None, dout.dtype)[0] @ weight
-    if need_dgate:
-        dgate = of_products[0] if len(of_products) == 1 else of_products[0] + of_products[1]
-    return (
-        dgate,
-        dactivated if need_dactivated else None,
-        dweight if need_dweight else None,
-        dbias if need_dbias else None,
-    )
 
 
 def feed_forward(
