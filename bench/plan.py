@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from flamingo_fast.bench import attention, latent, ops, pairs, pairs_layer, several_media
+from flamingo_fast.bench import attention, latent, modules, ops, pairs, pairs_layer, several_media
 from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_name
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -15,6 +15,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     **pairs.BENCHMARKS,
     **pairs_layer.BENCHMARKS,
     **latent.BENCHMARKS,
+    **modules.BENCHMARKS,
 }
 # Shapes of the ops that are measured against the size of their inputs.
 GROWTH: Mapping[str, Callable[[bool], tuple[Shape, ...]]] = {

@@ -24,7 +24,7 @@ MODES = ("fwd", "fwd_bwd")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Shape = tuple[int, ...]
-Call = Callable[[], tuple[torch.Tensor, ...]]
+Call = Callable[[], Any]
 
 
 def shape_name(shape: Shape) -> str:
@@ -49,7 +49,14 @@ class Rearranged:
     restore: Callable[[str, torch.Tensor], torch.Tensor]
 
 
-Function = Callable[..., Any] | Rearranged
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What an op can't do without, alone: timed beside it, and compared with nothing."""
+
+    call: Callable[[], object]
+
+
+Function = Callable[..., Any] | Rearranged | Floor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,7 @@ def _compiled(benchmark: "Benchmark") -> Provider:
         eager = benchmark.build_eager(case, True)
         if isinstance(eager, Rearranged):
             return dataclasses.replace(eager, function=compile_afresh(eager.function))
+        assert not isinstance(eager, Floor)
         return compile_afresh(eager)
 
     return Provider("compile", build)
@@ -205,6 +213,8 @@ class Case:
 
     def call(self, function: Function, mode: str) -> Call:
         """Runs `function` forward, or forward and backward of a fixed incoming gradient."""
+        if isinstance(function, Floor):
+            return function.call
         inputs = {
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in self.inputs.items()
