@@ -24,7 +24,9 @@ from flamingo_fast.bench.registry import (
     Unavailable,
     normal,
 )
+from flamingo_fast.layout import MediaLayout
 from flamingo_fast.modules import GatedCrossAttentionBlock, MaskedCrossAttention, PerceiverResampler
+from flamingo_fast.ops.dispatch import use_impl
 from flamingo_fast.testing import peers
 
 # tanh of a gate of a trained layer is about a half; gates of 0 would hide the rest.
@@ -266,12 +268,16 @@ def _decode_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> di
     latents = normal((batch, media, _LATENTS, dim_visual), dtype, device, seed=1)
     with torch.no_grad():
         cached = block.attn.project_media(latents)
+    x = normal((batch, seqlen, dim), dtype, device, seed=0)
+    locations = torch.ones(batch, media, dtype=torch.bool, device=device)
     return {
-        "x": normal((batch, seqlen, dim), dtype, device, seed=0),
+        "x": x,
         # In a tuple, so that nobody asks for its gradient.
         "media": (latents,),
         "media_kv": cached,
-        "media_locations": torch.ones(batch, media, dtype=torch.bool, device=device),
+        "media_locations": locations,
+        # A model makes it once for all of its layers.
+        "layout": block.attn.make_layout(x, cached[0], locations, use_cached_media=True),
         "block": block,
     }
 
@@ -281,14 +287,13 @@ def _decode(
     media: tuple[torch.Tensor],
     media_kv: tuple[torch.Tensor, torch.Tensor],
     media_locations: torch.Tensor,
+    layout: MediaLayout,
     block: nn.Module,
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
-    from flamingo_fast import use_impl
-
     with use_impl(impl):
-        return block(x, None, media_locations, use_cached_media=True, media_kv=media_kv)
+        return block(x, layout=layout, media_kv=media_kv)
 
 
 def _build_decode(case: Case, compiled: bool) -> Function:
@@ -299,7 +304,7 @@ def _build_decode(case: Case, compiled: bool) -> Function:
     theirs.requires_grad_(False)
 
     def decode(
-        x: torch.Tensor, media: Any, media_kv: Any, media_locations: torch.Tensor, block: Any
+        x: torch.Tensor, media: Any, media_kv: Any, media_locations: torch.Tensor, *ours: Any
     ) -> torch.Tensor:
         return theirs(x, media[0], media_locations, use_cached_media=True)
 

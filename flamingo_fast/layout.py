@@ -123,6 +123,44 @@ class MediaLayout:
         return layout
 
     @classmethod
+    def after_media(
+        cls,
+        media_locations: torch.Tensor,
+        num_media: int | Sequence[int] | torch.Tensor,
+        num_tokens: int,
+        attend: str = "previous",
+        *,
+        media_total: int | None = None,
+        media_seqlens: torch.Tensor | None = None,
+    ) -> "MediaLayout":
+        """Of `num_tokens` tokens that come after all image tokens, as in decoding.
+
+        Arguments:
+            media_locations: (B, L) bool, of the text before; L may be 0.
+            num_media, attend, media_total, media_seqlens: as for `from_media_locations`.
+        """
+        _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
+        _check_attend(attend)
+        if not _is_count(num_tokens):
+            raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens!r}")
+        batch, device = media_locations.shape[0], media_locations.device
+        with _no_inference_tensors():
+            cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
+            text_time = media_locations.sum(1, dtype=torch.int32)[:, None].expand(-1, num_tokens)
+            none = torch.zeros((), dtype=torch.bool, device=device)
+            media_start, media_end = _intervals(text_time, none, cu_media.diff()[:, None], attend)
+            return cls._with_schedule(
+                media_start,
+                media_end,
+                cu_media,
+                _seqlens(media_seqlens, media_total, device),
+                media_total,
+                max_media,
+                _several(max_media) if attend == "all_previous" else 1,
+                in_order=True,
+            )
+
+    @classmethod
     def from_intervals(
         cls,
         media_start: torch.Tensor,

@@ -206,13 +206,7 @@ class MaskedCrossAttention(nn.Module):
                     f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
                 )
             return MediaLayout.from_media_locations(media_locations, num_media, self.attend)
-        if media_locations.shape[1] == 0:
-            media_locations = F.pad(media_locations, (0, 1))
-        layout = MediaLayout.from_media_locations(media_locations, num_media, self.attend)
-        start, end = (
-            bound[:, -1:].expand(-1, seqlen) for bound in (layout.media_start, layout.media_end)
-        )
-        return MediaLayout.from_intervals(start, end, num_media, layout.max_media_per_token)
+        return MediaLayout.after_media(media_locations, num_media, seqlen, self.attend)
 
     def extra_repr(self) -> str:
         kv_heads = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
