@@ -3,21 +3,63 @@
 B batch, L text tokens, N media of a sample, R tokens of a medium.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV, op_impl
 from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.norm import RMSNorm
+from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.norm import gated_residual_norm
 
 
 def _gate(dim: int, tanh_gating: bool, vector_gates: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(dim if vector_gates else 1)) if tanh_gating else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folded:
+    """Output layers times tanh(gate), and what tells whether they still are."""
+
+    identity: tuple[Any, ...]
+    weight_out: torch.Tensor
+    bias_out: torch.Tensor | None
+    weight_down: torch.Tensor
+    bias_down: torch.Tensor | None
+
+
+def _fold(linear: nn.Linear, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of tanh(gate) * linear, rounded once."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    factor = gate.to(wide).tanh().expand(linear.out_features)
+    weight = (factor[:, None] * linear.weight.to(wide)).to(linear.weight.dtype)
+    bias = None if linear.bias is None else (factor * linear.bias.to(wide)).to(linear.bias.dtype)
+    return weight, bias
+
+
+def _identity(block: "GatedCrossAttentionBlock") -> tuple[Any, ...]:
+    """Changes with the parameters that are folded, in place or by new ones."""
+    down: Any = block.ff[3]
+    parameters = (
+        block.attn_gate,
+        block.ff_gate,
+        block.attn.to_out.weight,
+        block.attn.to_out.bias,
+        down.weight,
+        down.bias,
+    )
+    return tuple(
+        # What was made in inference mode counts no versions: it never equals itself.
+        (each.data_ptr(), object() if each.is_inference() else each._version, each.dtype)
+        for each in parameters
+        if each is not None
+    )
 
 
 class _GatedLayer(nn.Module):
@@ -48,10 +90,7 @@ class _GatedLayer(nn.Module):
         needs_kv: bool,
     ) -> tuple[torch.Tensor, MediaKV | None, MediaLayout | None]:
         if layout is None and self.leaves_unattended:
-            of_media = media if media_kv is None else media_kv[0]
-            if of_media is None:
-                raise ValueError("media: expected a tensor where media_kv is not given")
-            layout = self.attn.make_layout(x, of_media, media_locations, use_cached_media)
+            layout = self._make_layout(x, media, media_kv, media_locations, use_cached_media)
         attended = self.attn(
             x,
             media,
@@ -64,6 +103,19 @@ class _GatedLayer(nn.Module):
         if needs_kv:
             attended, media_kv = attended
         return attended, media_kv, layout
+
+    def _make_layout(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor | None,
+        media_kv: MediaKV | None,
+        media_locations: torch.Tensor | None,
+        use_cached_media: bool,
+    ) -> MediaLayout:
+        of_media = media if media_kv is None else media_kv[0]
+        if of_media is None:
+            raise ValueError("media: expected a tensor where media_kv is not given")
+        return self.attn.make_layout(x, of_media, media_locations, use_cached_media)
 
     def _finish(
         self,
@@ -149,6 +201,65 @@ class GatedCrossAttentionBlock(_GatedLayer):
             dim, ff_mult, activation=activation, norm=norm, bias=bias, impl=self.impl
         )
         self.ff_gate = _gate(dim, tanh_gating, vector_gates)
+        self._folded: _Folded | None = None
+
+    def fold_gates(self, fold: bool = True) -> None:
+        """Keeps copies of the output layers with the gates multiplied in, for inference.
+
+        A gated residual is then the end of a matrix product. The parameters and the state dict stay
+        as they are. The copies are used where gradients are off, outside torch.compile, as long as
+        parameters are what they were and no hooks, LoRA, quantisation or sharding are in the way;
+        otherwise the block does what it does without them. What is written through `.data` PyTorch
+        doesn't count as a change: fold again.
+
+        Raises:
+            ValueError: the block has no gates, or weights that may not be read.
+        """
+        self._folded = None
+        if not fold:
+            return
+        if self.attn_gate is None or self.ff_gate is None:
+            raise ValueError("tanh_gating: this block has no gates to fold")
+        if not self._may_fold():
+            raise ValueError("this block has weights that are hooked, sharded or not of nn.Linear")
+        down: Any = self.ff[3]
+        with torch.no_grad():
+            self._folded = _Folded(
+                _identity(self),
+                *_fold(self.attn.to_out, self.attn_gate),
+                *_fold(down, self.ff_gate),
+            )
+
+    def _may_fold(self) -> bool:
+        return self.ff.is_plain() and is_plain(self.attn.to_out) and not has_hooks(self.attn)
+
+    def _folded_weights(self) -> "_Folded | None":
+        folded = self._folded
+        if folded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return folded if self._may_fold() and folded.identity == _identity(self) else None
+
+    def _forward_folded(
+        self,
+        folded: "_Folded",
+        x: torch.Tensor,
+        media: torch.Tensor | None,
+        media_locations: torch.Tensor | None,
+        use_cached_media: bool,
+        layout: MediaLayout | None,
+        media_kv: MediaKV | None,
+        return_media_kv: bool,
+    ) -> Any:
+        if layout is None and self.leaves_unattended:
+            layout = self._make_layout(x, media, media_kv, media_locations, use_cached_media)
+        attended, media_kv = self.attn.attend_to(
+            x, media, media_locations, use_cached_media, layout=layout, media_kv=media_kv
+        )
+        residual = x + F.linear(attended, folded.weight_out, folded.bias_out)
+        up: Any = self.ff[1]
+        hidden = self.ff[2](up(self.ff[0](residual)))
+        out = residual + F.linear(hidden, folded.weight_down, folded.bias_down)
+        return self._finish(x, out, media_kv, layout, return_media_kv)
 
     def forward(
         self,
@@ -162,13 +273,24 @@ class GatedCrossAttentionBlock(_GatedLayer):
         return_media_kv: bool = False,
     ) -> Any:
         """(B, L, dim) -> (B, L, dim); arguments, results and errors of `MaskedCrossAttention`."""
+        if folded := self._folded_weights():
+            return self._forward_folded(
+                folded,
+                x,
+                media,
+                media_locations,
+                use_cached_media,
+                layout,
+                media_kv,
+                return_media_kv,
+            )
         attended, media_kv, layout = self._attend(
             x, media, media_locations, use_cached_media, layout, media_kv, return_media_kv
         )
         if self.attn_gate is None or self.ff_gate is None:
             residual = x + attended
             out = residual + self.ff(residual)
-        elif self.ff.is_plain():
+        elif isinstance(self.ff, FeedForward) and self.ff.is_plain():
             norm: Any = self.ff[0]
             is_rms = isinstance(norm, RMSNorm)
             residual, normed = gated_residual_norm(

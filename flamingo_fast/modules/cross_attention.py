@@ -141,6 +141,23 @@ class MaskedCrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: a wrong argument, by name.
         """
+        attended, media_kv = self.attend_to(
+            x, media, media_locations, use_cached_media, layout=layout, media_kv=media_kv
+        )
+        out = self.to_out(attended)
+        return (out, media_kv) if return_media_kv else out
+
+    def attend_to(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor | None,
+        media_locations: torch.Tensor | None,
+        use_cached_media: bool,
+        *,
+        layout: MediaLayout | None,
+        media_kv: MediaKV | None,
+    ) -> tuple[torch.Tensor, MediaKV]:
+        """What `forward` gives to `to_out`, (B, L, heads * dim_head), and the keys and values."""
         if media_kv is None:
             if media is None:
                 raise ValueError("media: expected a tensor where media_kv is not given")
@@ -159,8 +176,7 @@ class MaskedCrossAttention(nn.Module):
             past_last=past_last,
             impl=self.impl,
         )
-        out = self.to_out(attended.flatten(-2))
-        return (out, media_kv) if return_media_kv else out
+        return attended.flatten(-2), media_kv
 
     def project_media(self, media: torch.Tensor) -> MediaKV:
         """Keys and values, (..., R, Hkv, D) each, of media (..., R, dim_visual)."""
