@@ -41,7 +41,7 @@ _MakeModule = Callable[..., nn.Module]
 def _weights(
     make: _MakeModule, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Parameters by name, of the size that keeps activations of unit variance."""
+    """Parameters by name; branches are small beside the residuals, as in trained models."""
     weights = {}
     with torch.device("meta"):
         parameters = dict(make().named_parameters())
@@ -52,7 +52,7 @@ def _weights(
         elif parameter.dim() == 1:
             value = value / 10 + name.endswith("weight")
         elif not name.endswith("latents"):
-            value = value / math.sqrt(parameter.shape[1])
+            value = value / math.sqrt(4 * parameter.shape[1])
         weights[name] = value.to(dtype)
     return weights
 

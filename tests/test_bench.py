@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 import flamingo_fast
@@ -50,6 +51,8 @@ ATTENTION = plan.BENCHMARKS["masked_cross_attention"]
 
 
 def small_shape(op: Benchmark) -> tuple[int, ...]:
+    if op.name == "PerceiverResampler":
+        return (2, 3, 2, 5, 24, 2)
     return {
         2: (16, 64),
         5: (5, 64, 2, 16, 8),
@@ -598,6 +601,34 @@ def test_sdpa_of_latents_passes_the_gate(shortest: int) -> None:
     case = Case(plan.BENCHMARKS[latent.NAME], (3, 6, 20, 4, 2, 16, shortest), "fp32", CPU)
     for mode in MODES:
         assert problems(case, attention_provider("sdpa", case, mode), mode) == []
+
+
+@pytest.mark.parametrize("op", ["MaskedCrossAttention", "GatedCrossAttentionBlock"])
+def test_flamingo_pytorch_passes_the_gate(op: str) -> None:
+    case = Case(plan.BENCHMARKS[op], (2, 12, 3, 16, 16), "fp32", CPU)
+    for mode in MODES:
+        assert problems(case, attention_provider("flamingo_pytorch", case, mode), mode) == []
+    case = Case(plan.BENCHMARKS[op], (2, 12, 3, 16, 24), "fp32", CPU)
+    with pytest.raises(Unavailable, match="as wide as its text"):
+        attention_provider("flamingo_pytorch", case, "fwd")
+
+
+@pytest.mark.parametrize(
+    "op", ["GatedCrossAttentionBlock", "GatedCrossAttentionBlock_decode", "PerceiverResampler"]
+)
+def test_the_floor_is_the_products_of_the_module(op: str) -> None:
+    """Those that ours does, in FLOPs; of the resampler's first layer ours does latents once."""
+    case = Case(plan.BENCHMARKS[op], small_shape(plan.BENCHMARKS[op]), "fp32", CPU)
+    counts = {}
+    for name in ("ours", "floor"):
+        function = attention_provider(name, case, "fwd")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            case.call(function, "fwd")()
+        flops = counter.get_flop_counts()["Global"]
+        counts[name] = sum(flops.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert counts["ours"] <= counts["floor"] * 1.001
+    if op != "PerceiverResampler":
+        assert counts["ours"] == counts["floor"] > 0
 
 
 def test_the_gate_compares_the_tokens_of_a_padded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
