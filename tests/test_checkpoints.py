@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from flamingo_fast import modules
 from flamingo_fast.modules import checkpoints
 from flamingo_fast.modules.checkpoints import (
     PEERS,
@@ -139,7 +140,7 @@ def _with_open_gates(block):
 
 
 def _target_classes():
-    return peers.open_flamingo()
+    return modules
 
 
 def _state(keys, prefix):

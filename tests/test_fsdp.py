@@ -1,7 +1,9 @@
-"""FSDP2 on two gloo ranks: fully_shard a gated block, whose gate has shape (1,)."""
+"""FSDP2 on two gloo ranks: fully_shard gated blocks, with gates of shape (1,), and a resampler."""
 
 import copy
 import datetime
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from flamingo_fast.modules import GatedResidual, GatedResidualNorm, LayerNorm, SquaredReLU
+from flamingo_fast.modules import (
+    GatedCrossAttentionBlock,
+    GatedResidual,
+    GatedResidualNorm,
+    LayerNorm,
+    PerceiverResampler,
+    SquaredReLU,
+)
 
 WORLD = 2
 
@@ -32,6 +41,31 @@ class Block(nn.Module):
         return self.gated(residual, self.activation(normed))
 
 
+class Flamingo(nn.Module):
+    """What Flamingo adds to two layers of a language model."""
+
+    def __init__(self, impl: str) -> None:
+        super().__init__()
+        heads = {"heads": 2, "dim_head": 8, "impl": impl}
+        self.resampler = PerceiverResampler(
+            dim=12, depth=2, num_latents=3, max_num_frames=2, **heads
+        )
+        self.blocks = nn.ModuleList(
+            GatedCrossAttentionBlock(dim=16, dim_visual=12, **heads) for _ in range(2)
+        )
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """The text (samples, 6, 16) and, in the same rows, two images (2, 2, 12) each."""
+        text, features = batch.split([96, 48], -1)
+        x = text.unflatten(-1, (6, 16))
+        media = self.resampler(features.unflatten(-1, (2, 2, 12)))
+        where = torch.zeros(x.shape[:2], dtype=torch.bool)
+        where[:, [1, 3]] = True
+        for block in self.blocks:
+            x = block(x, media, where)
+        return x
+
+
 def _train(model: nn.Module, batch: torch.Tensor, steps: int = 2) -> list[torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
@@ -44,7 +78,20 @@ def _train(model: nn.Module, batch: torch.Tensor, steps: int = 2) -> list[torch.
     ]
 
 
-def _worker(rank: int, store: str, impl: str) -> None:
+def _blocks(impl: str) -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(Block(impl), Block(impl)), torch.randn(WORLD, 6, 16)
+
+
+def _flamingo(impl: str) -> tuple[nn.Module, torch.Tensor]:
+    return Flamingo(impl), torch.randn(WORLD, 2, 144)
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """What is sharded on its own."""
+    return [model.resampler, *model.blocks] if isinstance(model, Flamingo) else list(model)
+
+
+def _worker(rank: int, store: str, impl: str, make: Callable[[str], Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -55,14 +102,13 @@ def _worker(rank: int, store: str, impl: str) -> None:
     )
     try:
         torch.manual_seed(0)
-        whole = nn.Sequential(Block(impl), Block(impl))
+        whole, batches = make(impl)
         for parameter in whole.parameters():
             nn.init.normal_(parameter, std=0.3)
-        batches = torch.randn(WORLD, 6, 16)
         sharded = copy.deepcopy(whole)
         mesh = init_device_mesh("cpu", (WORLD,))
-        for block in sharded:
-            fully_shard(block, mesh=mesh)
+        for part in _parts(sharded):
+            fully_shard(part, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         got = _train(sharded, batches[rank])
         expected = _train(whole, batches.flatten(0, 1))
@@ -74,6 +120,8 @@ def _worker(rank: int, store: str, impl: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_two_ranks_train_as_one(impl, tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path / "store"), impl), nprocs=WORLD)
+@pytest.mark.parametrize(
+    ("make", "impl"), [(_blocks, "torch"), (_blocks, "triton"), (_flamingo, "torch")]
+)
+def test_two_ranks_train_as_one(make, impl, tmp_path):
+    mp.spawn(_worker, args=(str(tmp_path / "store"), impl, make), nprocs=WORLD)

@@ -158,12 +158,14 @@ class MaskedCrossAttention(nn.Module):
         media_kv: MediaKV | None,
     ) -> tuple[torch.Tensor, MediaKV]:
         """What `forward` gives to `to_out`, (B, L, heads * dim_head), and the keys and values."""
-        if media_kv is None:
-            if media is None:
-                raise ValueError("media: expected a tensor where media_kv is not given")
-            media_kv = self.project_media(media)
+        of_media = media if media_kv is None else media_kv[0]
+        if of_media is None:
+            raise ValueError("media: expected a tensor where media_kv is not given")
+        # Before media are projected: their shape is checked there.
         if layout is None:
-            layout = self.make_layout(x, media_kv[0], media_locations, use_cached_media)
+            layout = self.make_layout(x, of_media, media_locations, use_cached_media)
+        if media_kv is None:
+            media_kv = self.project_media(of_media)
         past_last = self.past_last
         if past_last is None:
             past_last = "zero" if layout.is_packed else "uniform"

@@ -56,16 +56,44 @@ class FeedForward(nn.Sequential):
             nn.GELU() if check_activation(activation) == "gelu" else SquaredReLU(impl=impl),
             nn.Linear(hidden, dim, bias=bias),
         )
-        self.activation = activation
         self.impl = check_impl(impl)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A module, or an nn.Sequential of a slice of them: it would not be a feed-forward."""
+        if isinstance(index, slice):
+            return nn.Sequential(*list(self)[index])
+        return super().__getitem__(index)
 
     def is_plain(self) -> bool:
         """Whether `after_norm` does what this module would do after its norm."""
-        return type(self) is FeedForward and not has_hooks(self) and is_plain(*self)
+        return (
+            type(self) is FeedForward
+            and not has_hooks(self)
+            and "forward" not in self.__dict__
+            and is_plain(self[0])
+            and isinstance(self[0], LayerNorm | RMSNorm)
+            and self._activation() is not None
+        )
+
+    def _activation(self) -> str | None:
+        """Its name; None where what follows the norm is not (or no longer) as it was made.
+
+        Modules of a Sequential may be replaced, and others appended.
+        """
+        if len(self) != 4 or not is_plain(self[1], self[2], self[3]):
+            return None
+        _, up, activation, down = self
+        if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
+            return None
+        if isinstance(activation, SquaredReLU):
+            return "squared_relu"
+        if isinstance(activation, nn.GELU) and activation.approximate == "none":
+            return "gelu"
+        return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
-        if not is_plain(self[1], self[2], self[3]):
+        if self._activation() is None:
             return super().forward(x)
         return self.after_norm(self[0](x))
 
@@ -84,7 +112,7 @@ class FeedForward(nn.Sequential):
             up.bias,
             down.weight,
             down.bias,
-            activation=self.activation,
+            activation=self._activation() or "gelu",
             residual=residual,
             gate=gate,
             impl=self.impl,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from flamingo_fast.ops.checks import check_like, check_parameter, check_rows
+from flamingo_fast.ops.checks import check_floating, check_like, check_parameter, check_rows
 from flamingo_fast.ops.dispatch import choose_impl
 from flamingo_fast.ops.gated_residual import (
     gated_residual,
@@ -46,6 +46,11 @@ def _activation_backward(
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(dout, hidden)
     return squared_relu_backward_op(hidden, dout, impl)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., width) as (rows, width), also of one row without a dimension of its own and of none."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _column_sums(rows: torch.Tensor) -> torch.Tensor:
@@ -94,7 +99,7 @@ class _FeedForwardFn(torch.autograd.Function):
         need_dgate, need_dx, need_up, need_bias_up, need_down, need_bias_down = needs[1:7]
         dresidual = dout if needs[0] else None
         activation, impl = ctx.activation, ctx.impl
-        rows = dout.flatten(0, -2).to(weight_down.dtype)
+        rows = _rows(dout).to(weight_down.dtype)
         # The factor tanh(gate) of everything goes where matrices are narrow: a scalar one to the
         # ends, and a vector's, which is one of dout's columns, to dout.
         is_vector = gate is not None and gate.numel() > 1
@@ -117,7 +122,7 @@ class _FeedForwardFn(torch.autograd.Function):
         dgate: Any = None
         dx = dweight_up = dbias_up = dweight_down = dbias_down = None
         if need_down or need_dgate:
-            activated = _activate(hidden, activation, impl).flatten(0, -2)
+            activated = _rows(_activate(hidden, activation, impl))
         if need_bias_down or (need_dgate and bias_down is not None):
             column_sums = _column_sums(rows)
         if need_dgate and is_vector:
@@ -133,7 +138,7 @@ class _FeedForwardFn(torch.autograd.Function):
             dactivated = (scaled_rows if is_vector else rows) @ weight_down
             if need_dgate and not is_vector:
                 dgate = dgate_of(dactivated, activated)
-            dhidden = _activation_backward(hidden.flatten(0, -2), dactivated, activation, impl)
+            dhidden = _activation_backward(_rows(hidden), dactivated, activation, impl)
             del dactivated
         del activated
         if need_dgate and bias_down is not None:
@@ -143,11 +148,11 @@ class _FeedForwardFn(torch.autograd.Function):
             return tensor if is_vector else scaled(tensor)
 
         if need_up:
-            dweight_up = dhidden.mT @ rescaled(x.flatten(0, -2))
+            dweight_up = dhidden.mT @ rescaled(_rows(x))
         if need_bias_up:
             dbias_up = rescaled(_column_sums(dhidden)[None])[0]
         if need_dx:
-            dx = rescaled(dhidden @ weight_up).view(*dout.shape[:-1], -1)
+            dx = rescaled(dhidden @ weight_up).view(*dout.shape[:-1], weight_up.shape[1])
         return (
             dresidual,
             dgate,
@@ -198,9 +203,18 @@ def feed_forward(
     check_activation(activation)
     if (residual is None) != (gate is None):
         raise ValueError("residual, gate: expected both or neither")
-    width, hidden = x.shape[-1], weight_up.shape[0]
-    check_parameter("weight_up", weight_up, x, [(hidden, width)])
-    check_parameter("weight_down", weight_down, x, [(weight_down.shape[0], hidden)])
+    device_type = x.device.type
+    is_autocast = not x.is_meta and torch.is_autocast_enabled(device_type)
+    width_before = x.shape[-1:]
+    for name, weight, bias in (("up", weight_up, bias_up), ("down", weight_down, bias_down)):
+        check_floating(f"weight_{name}", weight)
+        check_parameter(f"weight_{name}", weight, x, [(*weight.shape[:1], *width_before)])
+        width_before = weight.shape[:1]
+        if bias is not None:
+            check_parameter(f"bias_{name}", bias, x, [tuple(width_before)])
+        for kind, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype and not is_autocast:
+                raise TypeError(f"{kind}_{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     if residual is not None and gate is not None:
         check_like("residual", residual, x[..., :1].expand(*x.shape[:-1], weight_down.shape[0]))
         check_parameter("gate", gate, residual, [(1,), (residual.shape[-1],)])
@@ -212,8 +226,7 @@ def feed_forward(
         if residual is None or gate is None:
             return out
         return gated_residual(residual, out, gate, impl=impl)
-    device_type = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device_type):
+    if is_autocast:
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         weight_up, weight_down = weight_up.to(dtype), weight_down.to(dtype)
