@@ -1,6 +1,5 @@
 """Gated blocks against OpenFlamingo's and flamingo-pytorch's, and what they keep in memory."""
 
-
 import pytest
 import torch
 from module_cases import BF16, FP32, check, inputs_of, like, randomized, results, saved_bytes
@@ -294,9 +293,9 @@ class Wrapper(nn.Module):
         super().__init__()
         self.inner, self.calls = inner, calls
 
-    def forward(self, x):
+    def forward(self, *arguments, **options):
         self.calls.append(1)
-        return self.inner(x)
+        return self.inner(*arguments, **options)
 
 
 def _hook(calls):
@@ -306,9 +305,9 @@ def _hook(calls):
 def _replace_forward(module, calls):
     forward = module.forward
 
-    def counted(x):
+    def counted(*arguments, **options):
         calls.append(1)
-        return forward(x)
+        return forward(*arguments, **options)
 
     module.forward = counted
 
@@ -335,6 +334,24 @@ def test_a_changed_feed_forward_is_called(change):
     after = ours(x, media, locations("ordinary"))
     assert calls == [1]
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "own_forward_of_attn", "wrapped_attn"])
+def test_folded_gates_step_aside(change):
+    ours = block()
+    x, media = inputs_of(FP32, **SHAPES).values()
+    ours.fold_gates()
+    calls = []
+    if change == "own_forward_of_attn":
+        _replace_forward(ours.attn, calls)
+    elif change == "wrapped_attn":
+        ours.attn = Wrapper(ours.attn, calls)
+    else:
+        CHANGES[change](ours, calls)
+    with torch.no_grad():
+        folded = ours(x, media, locations("ordinary"))
+    assert calls == [1]
+    assert torch.equal(folded, ours(x, media, locations("ordinary")))
 
 
 @pytest.mark.parametrize("where", ["attn.to_kv", "ff.1", "ff.3"])

@@ -231,7 +231,15 @@ class GatedCrossAttentionBlock(_GatedLayer):
             )
 
     def _may_fold(self) -> bool:
-        return self.ff.is_plain() and is_plain(self.attn.to_out) and not has_hooks(self.attn)
+        ff: Any = self.ff
+        return (
+            isinstance(ff, FeedForward)
+            and ff.is_plain()
+            and type(self.attn) is MaskedCrossAttention
+            and "forward" not in self.attn.__dict__
+            and not has_hooks(self.attn)
+            and is_plain(self.attn.to_out)
+        )
 
     def _folded_weights(self) -> "_Folded | None":
         folded = self._folded

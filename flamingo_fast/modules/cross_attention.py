@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import ATTEND, MediaLayout
-from flamingo_fast.modules.feed_forward import make_norm
+from flamingo_fast.modules.feed_forward import check_dims, make_norm
 from flamingo_fast.modules.plain import is_plain
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, IMPLS, check_impl
 from flamingo_fast.ops.masked_cross_attention import (
@@ -22,13 +22,6 @@ from flamingo_fast.ops.masked_cross_attention import (
 )
 
 MediaKV = tuple[torch.Tensor, torch.Tensor]
-
-
-def check_dims(**dims: int) -> None:
-    """All are integers >= 1."""
-    for name, value in dims.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
 
 
 def check_heads(heads: int, kv_heads: int | None) -> int:
@@ -42,7 +35,7 @@ def check_heads(heads: int, kv_heads: int | None) -> int:
 
 def op_impl(impl: str) -> str:
     """Of the ops beside attention in a module of this impl."""
-    return impl if impl in IMPLS else "auto"
+    return "auto" if check_impl(impl, ATTENTION_IMPLS) not in IMPLS else impl
 
 
 class MaskedCrossAttention(nn.Module):

@@ -13,6 +13,13 @@ from flamingo_fast.ops.feed_forward import check_activation, feed_forward
 from flamingo_fast.ops.norm import check_norm_name
 
 
+def check_dims(least: int = 1, /, **dims: int) -> None:
+    """All are integers, and not below `least`."""
+    for name, value in dims.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+
+
 def make_norm(norm: str, dim: int, impl: str) -> LayerNorm | RMSNorm:
     """Of eps 1e-5, which is torch.nn.LayerNorm's and the peers'."""
     if check_norm_name(norm) == "rms":
@@ -34,7 +41,7 @@ class FeedForward(nn.Sequential):
         impl: "auto", "triton", "torch" or "reference".
 
     Raises:
-        ValueError: an unknown activation, norm or impl; mult * dim is below 1.
+        ValueError: a wrong argument, by name.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class FeedForward(nn.Sequential):
         bias: bool = False,
         impl: str = "auto",
     ) -> None:
+        check_dims(dim=dim)
         hidden = int(dim * mult)
         if hidden < 1:
             raise ValueError(f"mult: expected a hidden width of at least 1, got {mult!r} x {dim}")

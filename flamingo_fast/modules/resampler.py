@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flamingo_fast.modules.cross_attention import check_dims, check_heads, op_impl
-from flamingo_fast.modules.feed_forward import FeedForward, make_norm
+from flamingo_fast.modules.cross_attention import check_heads, op_impl
+from flamingo_fast.modules.feed_forward import FeedForward, check_dims, make_norm
 from flamingo_fast.modules.norm import LayerNorm
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
@@ -110,6 +110,7 @@ class _Resampler(nn.Module):
 
     Arguments:
         dim: width of the layers.
+        depth: their number.
         dim_media: width of the features, if it is another: a projection comes first (which the
             paper's parameter counts suggest).
         max_num_frames: learnt embeddings of so many frames; of more they are interpolated
@@ -120,6 +121,7 @@ class _Resampler(nn.Module):
     def __init__(
         self,
         dim: int,
+        depth: int,
         dim_media: int | None,
         max_num_frames: int | None,
         max_num_media: int | None,
@@ -128,6 +130,7 @@ class _Resampler(nn.Module):
         sizes = {"dim": dim, "dim_media": dim_media}
         sizes |= {"max_num_frames": max_num_frames, "max_num_media": max_num_media}
         check_dims(**{name: size for name, size in sizes.items() if size is not None})
+        check_dims(0, depth=depth)
         self.dim = dim
         self.media_proj = None if dim_media is None else nn.Linear(dim_media, dim)
         self.frame_embs = self.media_time_embs = None
@@ -179,6 +182,12 @@ class _Resampler(nn.Module):
         between = F.interpolate(wide.mT[None], num_frames, mode="linear", align_corners=True)
         return between[0].mT.to(self.frame_embs.dtype)
 
+    def extra_repr(self) -> str:
+        sizes = {"dim": self.dim}
+        embeddings = {"max_num_frames": self.frame_embs, "max_num_media": self.media_time_embs}
+        sizes |= {name: len(each) for name, each in embeddings.items() if each is not None}
+        return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
 
 class PerceiverResampler(_Resampler):
     """R latents for each medium, whatever the number of its features (Flamingo, section 2.2).
@@ -227,7 +236,7 @@ class PerceiverResampler(_Resampler):
         norm: str = "layer",
         impl: str = "auto",
     ) -> None:
-        super().__init__(dim, dim_media, max_num_frames, max_num_media)
+        super().__init__(dim, depth, dim_media, max_num_frames, max_num_media)
         check_dims(num_latents=num_latents)
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.layers = nn.ModuleList(
@@ -316,8 +325,7 @@ class PerceiverResampler(_Resampler):
         return list(projected.chunk(len(attentions), -1))
 
     def extra_repr(self) -> str:
-        frames = 0 if self.frame_embs is None else self.frame_embs.shape[0]
-        return f"dim={self.dim}, num_latents={self.latents.shape[0]}, max_num_frames={frames}"
+        return f"{super().extra_repr()}, num_latents={len(self.latents)}"
 
 
 class MLPResampler(_Resampler):
@@ -343,7 +351,7 @@ class MLPResampler(_Resampler):
         norm: str = "layer",
         impl: str = "auto",
     ) -> None:
-        super().__init__(dim, dim_media, max_num_frames, max_num_media)
+        super().__init__(dim, depth, dim_media, max_num_frames, max_num_media)
         options: dict[str, Any] = {"activation": activation, "norm": norm, "bias": bias}
         impl = op_impl(impl)
         self.layers = nn.ModuleList(
@@ -410,7 +418,7 @@ class TransformerResampler(_Resampler):
         norm: str = "layer",
         impl: str = "auto",
     ) -> None:
-        super().__init__(dim, dim_media, max_num_frames, max_num_media)
+        super().__init__(dim, depth, dim_media, max_num_frames, max_num_media)
         attention: dict[str, Any] = {"dim": dim, "dim_head": dim_head, "heads": heads}
         options: dict[str, Any] = {"norm": norm, "bias": bias, "impl": op_impl(impl)}
         self.layers = nn.ModuleList(
