@@ -1,0 +1,120 @@
+"""Launch configurations of a resampler's attention, from shapes alone."""
+
+import dataclasses
+
+import torch
+import triton
+
+from flamingo_fast.kernels.launch import Target
+
+# Media keys of a split. A program of 64 latents also reads its queries again and writes the sums
+# that are then read: beside its keys and values that is a sixth.
+SPLIT_KEYS = 1024
+
+# Keys up to which, and programs of a medium from which on, keys are not split.
+_FEW_KEYS, _ENOUGH_PROGRAMS = 2048, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """BLOCK_M counts packed query rows, BLOCK_N keys of one source."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def key_splits(programs_per_medium: int, num_keys: int) -> int:
+    """How many programs share the keys of a block of rows; the last one has the latents too.
+
+    From one medium's shapes, so that its bits do not depend on the batch.
+    """
+    if num_keys <= _FEW_KEYS or programs_per_medium >= _ENOUGH_PROGRAMS:
+        return 1
+    return triton.cdiv(num_keys, SPLIT_KEYS)
+
+
+def _has_wide_matrix_unit(target: Target) -> bool:
+    """wgmma and tcgen05 read operands from shared memory; mma.sync and MFMA from registers.
+
+    There the queries, an operand of each tile, stay in registers, in two layouts.
+    """
+    return target.arch in ("sm_90", "sm_100")
+
+
+def one_pass(rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target) -> bool:
+    """Whether one program of the backward holds all rows that share a key/value head.
+
+    Then gradients of a tile of keys are final where they are computed, and no key is read twice.
+    """
+    wide = _has_wide_matrix_unit(target) and dtype != torch.float32
+    return head_dim <= 128 and rows_per_medium <= (128 if wide else 64)
+
+
+def _block(size: int, most: int) -> int:
+    return min(max(triton.next_power_of_2(size), 16), most)
+
+
+def forward_config(
+    rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
+) -> LatentConfig:
+    block_d = _block(head_dim, 256)
+    if dtype == torch.float32:
+        return _fp32_config(rows_per_medium, block_d)
+    block_m = _block(rows_per_medium, 128 if block_d <= 128 else 64)
+    # 64 keys of 128 numbers spill where operands are in registers.
+    wide = block_d <= 64 or (block_d <= 128 and _has_wide_matrix_unit(target))
+    block_n = 64 if wide and target.arch != "gfx942" else 32
+    num_warps = 8 if block_m > 64 or block_d > 128 else 4
+    return _tuned_config(block_m, block_n, block_d, num_warps, target)
+
+
+def backward_config(
+    rows_per_medium: int, head_dim: int, dtype: torch.dtype, need_dkv: bool, target: Target
+) -> LatentConfig:
+    """Of the one pass, and without need_dkv of the pass for dQ."""
+    block_d = _block(head_dim, 256)
+    if dtype == torch.float32:
+        config = _fp32_config(rows_per_medium, block_d)
+        block_m = _block(rows_per_medium, 64) if need_dkv else config.BLOCK_M
+        return dataclasses.replace(config, BLOCK_M=block_m, BLOCK_N=16)
+    if block_d > 128:
+        return _tuned_config(_block(rows_per_medium, 32), 32, block_d, 8, target)
+    if _has_wide_matrix_unit(target):
+        block_m = _block(rows_per_medium, 128)
+        narrow = need_dkv and block_m > 64
+        few = block_m <= 64 and not (need_dkv and block_d > 64)
+        return _tuned_config(block_m, 32 if narrow else 64, block_d, 4 if few else 8, target)
+    block_n, num_warps = 32, 4
+    if need_dkv and target.arch != "gfx942":
+        block_n, num_warps = 16, 4 if block_d <= 64 else 8
+    elif need_dkv and block_d > 64:
+        # 32 keys leave room for one warp a SIMD of a CU, which nothing hides the loads of.
+        block_n = 16
+    return _tuned_config(_block(rows_per_medium, 64), block_n, block_d, num_warps, target)
+
+
+def dkv_config(
+    rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
+) -> LatentConfig:
+    block_d = _block(head_dim, 256)
+    if dtype == torch.float32:
+        return _fp32_config(16, block_d)
+    block_m = _block(rows_per_medium, 16 if target.arch == "gfx942" or block_d > 128 else 32)
+    return _tuned_config(block_m, 64 if block_d <= 128 else 32, block_d, 8, target)
+
+
+def _tuned_config(
+    block_m: int, block_n: int, block_d: int, num_warps: int, target: Target
+) -> LatentConfig:
+    num_stages = 1 if target.arch == "gfx942" or block_d > 128 else 2
+    return LatentConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=255)
+
+
+def _fp32_config(rows_per_medium: int, block_d: int) -> LatentConfig:
+    block_m = _block(rows_per_medium, 32 if block_d <= 64 else 16)
+    block_n = 32 if block_d <= 128 else 16
+    return LatentConfig(block_m, block_n, block_d, num_warps=8, num_stages=1)
