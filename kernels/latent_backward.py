@@ -191,7 +191,8 @@ def _latent_bwd_kernel(
     packed_rows = (kv_head.to(tl.int64) * batch + medium) * (LATENTS * GROUP) + offs_m
     num_packed_rows = num_kv_heads.to(tl.int64) * batch * (LATENTS * GROUP)
     if STORE_DELTA:
-        tl.store(DELTA + packed_rows, delta, mask=mask_m & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(DELTA + packed_rows, delta, mask=mask_m)
     if NEED_DQ or NEED_DMEDIA or NEED_DLATENTS:
         q = load_rows(
             Q,

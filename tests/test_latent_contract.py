@@ -11,11 +11,13 @@ from flamingo_fast.ops import latent_attention as op
 from flamingo_fast.ops import varlen_attention
 from flamingo_fast.testing.inputs import random_tensor
 
-IMPLS = ["torch", "sdpa", "reference"]
+IMPLS = ["torch", "sdpa", "reference", "triton"]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 # With an op of their own.
 REGISTERED = [impl for impl in IMPLS if impl not in ("sdpa", "reference")]
 every_registered = pytest.mark.parametrize("impl", REGISTERED)
+# What is large takes the interpreter long; the kernels' own tests have it smaller.
+not_interpreted = pytest.mark.parametrize("impl", ["torch"])
 
 SETTINGS = {
     "mha": LatentCase(dtype=BF16),
@@ -31,6 +33,15 @@ LONG = {
     "groups": LatentCase(9, 64, 200, 8, 2, 64, dtype=BF16),
     "groups_fp32": LatentCase(9, 64, 200, 8, 2, 64),
 }
+every_registered_and_size = pytest.mark.parametrize(
+    ("impl", "case"),
+    [
+        pytest.param(impl, case, id=f"{name}-{impl}")
+        for impl in REGISTERED
+        for name, case in (SETTINGS | LONG).items()
+        if impl == "torch" or name in SETTINGS
+    ],
+)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
@@ -130,8 +141,7 @@ def test_double_backward_raises(impl):
         dq.sum().backward()
 
 
-@cases(SETTINGS | LONG)
-@every_registered
+@every_registered_and_size
 def test_autocast_changes_no_bit(impl, case):
     """Neither of the forward, nor of a backward inside of it."""
     function = case.call(impl)
@@ -178,8 +188,7 @@ def test_inference_mode(impl, case, guarded):
 @pytest.mark.parametrize(
     "frozen", [("q",), NAMES[1:3], NAMES[3:], NAMES[1:], ("k_media",)], ids="".join
 )
-@cases(SETTINGS | LONG)
-@every_registered
+@every_registered_and_size
 def test_frozen_inputs_change_no_other_gradient(impl, case, frozen, guarded):
     everything = run(case.call(impl), case)
     inputs = case.inputs()
@@ -190,8 +199,7 @@ def test_frozen_inputs_change_no_other_gradient(impl, case, frozen, guarded):
     assert_bits_equal(some, {name: everything[name] for name in some})
 
 
-@cases(SETTINGS | LONG)
-@every_registered
+@every_registered_and_size
 def test_repetition_changes_no_bit(impl, case, guarded):
     assert_bits_equal(run(case.call(impl), case), run(case.call(impl), case))
 
@@ -207,7 +215,7 @@ def test_repetition_changes_no_bit(impl, case, guarded):
         "long": LatentCase(2, features=2100, media_seqlens=(2060, 2100)),
     }
 )
-@every_registered
+@not_interpreted
 def test_a_medium_does_not_depend_on_the_batch(impl, case, dtype, threads, guarded):
     """Nor do its gradients."""
     inputs = [tensor.detach().to(dtype) for tensor in case.inputs().values()]
