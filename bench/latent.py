@@ -19,7 +19,7 @@ from flamingo_fast.bench.registry import (
 )
 from flamingo_fast.bench.work import Work
 from flamingo_fast.ops.dispatch import VARLEN_IMPLS
-from flamingo_fast.ops.latent_attention import _of_one_source
+from flamingo_fast.ops.latent_attention import of_one_source
 from flamingo_fast.ops.varlen_attention import why_not
 from flamingo_fast.testing import eager
 
@@ -85,7 +85,7 @@ def _build_sdpa(case: Case, mode: str) -> Function:
 
 def _library(impl: str) -> Provider:
     def build(case: Case, mode: str) -> Function:
-        k, _, layout = _of_one_source(*case.inputs.values())
+        k, _, layout = of_one_source(*case.inputs.values())
         if reason := why_not(impl, case.inputs["q"], k, layout, unattended_dense=False):
             raise Unavailable(reason)
         return functools.partial(case.benchmark.ours, impl=impl)

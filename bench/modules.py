@@ -57,20 +57,37 @@ def _weights(
     return weights
 
 
-def _call(make: _MakeModule, num_inputs: int) -> Callable[..., torch.Tensor]:
-    """A function of a module's inputs and then of its parameters, in the order it has them."""
+def _functional(make: _MakeModule) -> Callable[..., torch.Tensor]:
+    """A function of a module's inputs, as a tuple, and its parameters, in the order it has them."""
+    # What parameters it has is known; whose values they have is the case's business.
+    with torch.device("meta"):
+        module = make()
+    names = [name for name, _ in module.named_parameters()]
 
-    @functools.cache
-    def module_of(**options: str) -> nn.Module:
-        # What parameters it has is known; whose values they have is the case's business.
-        with torch.device("meta"):
-            return make(**options)
+    def call(inputs: tuple[Any, ...], parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
 
-    def call(*arguments: Any, **options: str) -> torch.Tensor:
-        module = module_of(**options)
-        names = [name for name, _ in module.named_parameters()]
-        parameters = dict(zip(names, arguments[num_inputs:], strict=True))
-        return functional_call(module, parameters, arguments[:num_inputs])
+    return call
+
+
+def _ours_and_weights(
+    make: _MakeModule, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """The last inputs of a case: our module, made before the clock starts, and its parameters."""
+    return {"ours": _functional(make), **_weights(make, dtype, device)}
+
+
+def _call_ours(num_inputs: int, *arguments: Any, impl: str = "auto") -> torch.Tensor:
+    with use_impl(impl):
+        return arguments[num_inputs](arguments[:num_inputs], arguments[num_inputs + 1 :])
+
+
+def _theirs(make: _MakeModule, num_inputs: int) -> Callable[..., torch.Tensor]:
+    """The same of a peer's module, which has our parameters in the same order."""
+    theirs = _functional(make)
+
+    def call(*arguments: Any) -> torch.Tensor:
+        return theirs(arguments[:num_inputs], arguments[num_inputs + 1 :])
 
     return call
 
@@ -151,10 +168,7 @@ def _locations(shape: Shape, device: torch.device) -> torch.Tensor:
 
 
 def _layer(name: str, ours: type[nn.Module], feed_forward: bool) -> Benchmark:
-    """MaskedCrossAttention or GatedCrossAttentionBlock: x, media, media_locations, parameters."""
-
-    def make(shape: Shape, module: Any = None, **options: Any) -> nn.Module:
-        return (module or ours)(**_layer_options(shape), **options)
+    """MaskedCrossAttention or GatedCrossAttentionBlock."""
 
     def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         batch, seqlen, media, dim, dim_visual = shape
@@ -162,24 +176,19 @@ def _layer(name: str, ours: type[nn.Module], feed_forward: bool) -> Benchmark:
             "x": normal((batch, seqlen, dim), dtype, device, seed=0),
             "media": normal((batch, media, _LATENTS, dim_visual), dtype, device, seed=1),
             "media_locations": _locations(shape, device),
-            **_weights(functools.partial(make, shape), dtype, device),
+            **_ours_and_weights(functools.partial(ours, **_layer_options(shape)), dtype, device),
         }
-
-    def call(*arguments: Any, **options: str) -> torch.Tensor:
-        x, media = arguments[:2]
-        shape = (*x.shape[:2], media.shape[1], x.shape[2], media.shape[3])
-        return _call(functools.partial(make, shape), 3)(*arguments, **options)
 
     def build_eager(case: Case, compiled: bool) -> Function:
         module = getattr(_peer(peers.open_flamingo), ours.__name__)
-        return _call(functools.partial(make, case.shape, module), 3)
+        return _theirs(functools.partial(module, **_layer_options(case.shape)), 3)
 
     def build_flamingo_pytorch(case: Case, mode: str) -> Function:
         module = getattr(_peer(peers.flamingo_pytorch), ours.__name__)
         options = _layer_options(case.shape)
         if options.pop("dim_visual") != options["dim"]:
             raise Unavailable("its media are as wide as its text")
-        return _call(functools.partial(module, **options), 3)
+        return _theirs(functools.partial(module, **options), 3)
 
     def work_of(shape: Shape, itemsize: int, mode: str, eager: bool) -> work.Work:
         of_attention = work.masked_cross_attention_eager if eager else work.masked_cross_attention
@@ -195,7 +204,7 @@ def _layer(name: str, ours: type[nn.Module], feed_forward: bool) -> Benchmark:
         outputs=("out",),
         make_inputs=inputs,
         build_eager=build_eager,
-        ours=call,
+        ours=functools.partial(_call_ours, 3),
         work=functools.partial(work_of, eager=False),
         eager_work=functools.partial(work_of, eager=True),
         others=(
@@ -211,27 +220,17 @@ def _resampler_options(shape: Shape) -> dict[str, Any]:
     return {"dim": dim, "depth": depth, "dim_head": _DIM_HEAD, "heads": _HEADS}
 
 
-def _make_resampler(shape: Shape, **options: Any) -> nn.Module:
-    return PerceiverResampler(**_resampler_options(shape), **options)
-
-
 def _resampler_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    make = functools.partial(PerceiverResampler, **_resampler_options(shape))
     return {
         "x": normal(shape[:-1], dtype, device, seed=0),
-        **_weights(functools.partial(_make_resampler, shape), dtype, device),
+        **_ours_and_weights(make, dtype, device),
     }
-
-
-def _resample(*arguments: Any, **options: str) -> torch.Tensor:
-    # A layer has eleven parameters; the others are the latents and the last norm's two.
-    x, depth = arguments[0], (len(arguments) - 4) // 11
-    make = functools.partial(_make_resampler, (*x.shape, depth))
-    return _call(make, 1)(*arguments, **options)
 
 
 def _build_resampler(case: Case, compiled: bool) -> Function:
     module = _peer(peers.open_flamingo).PerceiverResampler
-    return _call(functools.partial(module, **_resampler_options(case.shape)), 1)
+    return _theirs(functools.partial(module, **_resampler_options(case.shape)), 1)
 
 
 def _resampler_linears(shape: Shape) -> Iterator[_Linear]:
@@ -358,7 +357,7 @@ BENCHMARKS = {
             outputs=("out",),
             make_inputs=_resampler_inputs,
             build_eager=_build_resampler,
-            ours=_resample,
+            ours=functools.partial(_call_ours, 1),
             work=functools.partial(_resampler_work, eager=False),
             eager_work=functools.partial(_resampler_work, eager=True),
             others=(_floor(_resampler_linears),),

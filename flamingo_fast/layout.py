@@ -243,7 +243,7 @@ class MediaLayout:
             )
             media = torch.arange(columns, dtype=torch.int32, device=device)
             exists = media < cu_media.diff()[:, None]
-            if _can_validate(mask):
+            if values_are_at_hand(mask):
                 if (cu_media.diff() > columns).any():
                     raise ValueError(
                         f"num_media: expected at most {columns}, the mask's media, "
@@ -299,7 +299,7 @@ class MediaLayout:
             raise ValueError(f"tokens_per_tile: expected an integer > 0, got {tokens_per_tile!r}")
         attended = mask.any(3)
         tiles = mask.any(1).sum(2)
-        if _can_validate(mask):
+        if values_are_at_hand(mask):
             valid = torch.arange(mask.shape[3], device=mask.device) < tiles[..., None]
             wrong = (mask != (attended[..., None] & valid[:, None])).any(3)
             if wrong.any():
@@ -374,7 +374,9 @@ class MediaLayout:
                 cu_media,
                 _seqlens(media_seqlens, media_total, device),
                 media_total,
-                int(cu_media.diff().max()) if _can_validate(cu_media) and batch else media_total,
+                int(cu_media.diff().max())
+                if values_are_at_hand(cu_media) and batch
+                else media_total,
                 _several(most) if attend == "all_previous" else 1,
                 in_order=False,
                 is_packed=True,
@@ -538,7 +540,7 @@ class MediaLayout:
                     f"layouts[{index}]: {layout._sizes()} does not fit layouts[0]: "
                     f"{first._sizes()}, along dim {dim}"
                 )
-            if dim == 1 and _can_validate(first.cu_media) and not layout._has_media_of(first):
+            if dim == 1 and values_are_at_hand(first.cu_media) and not layout._has_media_of(first):
                 raise ValueError(f"layouts[{index}]: its media are not those of layouts[0]")
         with _no_inference_tensors():
             start, end = (
@@ -639,7 +641,7 @@ class MediaLayout:
             )
 
     def _validate_on_cpu(self) -> None:
-        if _can_validate(self.cu_media):
+        if values_are_at_hand(self.cu_media):
             self.validate()
 
     def _refuse(
@@ -764,8 +766,8 @@ def _no_inference_tensors() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _can_validate(tensor: torch.Tensor) -> bool:
-    """Whether its values are there to look at; FakeTensor and its like have none."""
+def values_are_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether its values can be read without waiting; FakeTensor and its like have none."""
     is_plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
     return tensor.device.type == "cpu" and is_plain and not torch.compiler.is_compiling()
 
@@ -843,7 +845,7 @@ def _boundaries(
             f"cu_seqlens: expected shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
         )
     _refuse_other_gpu("cu_seqlens", cu_seqlens, device)
-    if _can_validate(cu_seqlens):
+    if values_are_at_hand(cu_seqlens):
         if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > batch * seqlen:
             raise ValueError(
                 f"cu_seqlens: expected 0 to at most {batch * seqlen} tokens, never falling; "

@@ -22,8 +22,8 @@ from flamingo_fast.kernels.launch import launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
 from flamingo_fast.kernels.several_media_forward import (
-    _combine_splits_kernel,
     _store_rows,
+    combine_splits,
     lse_shape,
 )
 
@@ -267,24 +267,5 @@ def latent_fwd(
         max_registers=config.max_registers,
     )
     if splits > 1:
-        block_m = max(1024 // config.BLOCK_D, 1)
-        launch(
-            _combine_splits_kernel,
-            (triton.cdiv(batch * latents * heads, block_m),),
-            accs,
-            maxima,
-            sums,
-            out,
-            lse,
-            latents,
-            batch,
-            splits,
-            kv_heads,
-            STORE_LSE=need_lse,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_M=block_m,
-            BLOCK_D=config.BLOCK_D,
-            num_warps=4,
-        )
+        combine_splits(accs, maxima, sums, out, lse)
     return out, lse

@@ -364,27 +364,43 @@ def several_media_fwd(
         max_registers=config.max_registers,
     )
     if splits.count > 1:
-        block_m = max(1024 // config.BLOCK_D, 1)
-        launch(
-            _combine_splits_kernel,
-            (triton.cdiv(batch * seqlen * heads, block_m),),
-            accs,
-            maxima,
-            sums,
-            out,
-            lse,
-            seqlen,
-            batch,
-            splits.count,
-            kv_heads,
-            STORE_LSE=need_lse,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_M=block_m,
-            BLOCK_D=config.BLOCK_D,
-            num_warps=4,
-        )
+        combine_splits(accs, maxima, sums, out, lse)
     return out, lse
+
+
+def combine_splits(
+    accs: torch.Tensor,
+    maxima: torch.Tensor,
+    sums: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fills out, (B, L, H, D), and lse if it has elements, from the softmax of each split.
+
+    accs (splits, Hkv, B, L, H // Hkv, D), maxima and sums (splits, Hkv, B, L, H // Hkv), fp32.
+    """
+    splits, kv_heads, batch, seqlen, group, head_dim = accs.shape
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_m = max(1024 // block_d, 1)
+    launch(
+        _combine_splits_kernel,
+        (triton.cdiv(batch * seqlen * kv_heads * group, block_m),),
+        accs,
+        maxima,
+        sums,
+        out,
+        lse,
+        seqlen,
+        batch,
+        splits,
+        kv_heads,
+        STORE_LSE=lse.numel() > 0,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
 
 
 def lse_shape(q: torch.Tensor, kv_heads: int) -> tuple[int, ...]:

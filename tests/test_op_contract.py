@@ -108,6 +108,7 @@ def _raw_calls(impl: str):
         ),
         *_raw_attention_calls(impl),
         *_raw_calls_of_several_media(impl),
+        *_raw_calls_of_latents(impl),
     ]
 
 
@@ -181,6 +182,26 @@ def _raw_calls_of_several_media(impl: str):
         gradients(bf16, lengths, True, True, True, True),
         gradients(bf16, None, False, True, False, False),
         gradients(fp32, lengths, False, False, True, True),
+    ]
+
+
+def _raw_calls_of_latents(impl: str):
+    """One each; test_latent_contract.py has the combinations."""
+    ops = torch.ops.flamingo_fast
+    q = torch.randn(2, 3, 4, 16)
+    k_media, v_media = torch.randn(2, 7, 2, 2, 16).unbind(2)
+    latents = torch.randn(2, 2, 3, 2, 16).unbind(0)
+    tensors = (q, k_media, v_media, *latents)
+    lengths = torch.tensor([7, 0], dtype=torch.int32)
+    out, lse = ops.latent_attention_fwd(*tensors, lengths, 0.25, True, impl)
+    needs = (True, True, True)
+    interleaved = (True, False)
+    return [
+        (ops.latent_attention_fwd, (*tensors, lengths, 0.25, True, impl)),
+        (
+            ops.latent_attention_bwd,
+            (q, *tensors, out, lse, lengths, 0.25, *needs, *interleaved, impl),
+        ),
     ]
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV, op_impl
+from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV
 from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.norm import RMSNorm
+from flamingo_fast.modules.options import op_impl
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.norm import gated_residual_norm

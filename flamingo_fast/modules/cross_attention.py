@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import ATTEND, MediaLayout
-from flamingo_fast.modules.feed_forward import check_dims, make_norm
+from flamingo_fast.modules.options import check_dims, check_heads, make_norm, one_of, op_impl
 from flamingo_fast.modules.plain import is_plain
-from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, IMPLS, check_impl
+from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.masked_cross_attention import (
     PAST_LAST,
     UNATTENDED,
@@ -22,20 +22,6 @@ from flamingo_fast.ops.masked_cross_attention import (
 )
 
 MediaKV = tuple[torch.Tensor, torch.Tensor]
-
-
-def check_heads(heads: int, kv_heads: int | None) -> int:
-    """kv_heads, by default heads."""
-    kv_heads = heads if kv_heads is None else kv_heads
-    check_dims(heads=heads, kv_heads=kv_heads)
-    if heads % kv_heads:
-        raise ValueError(f"kv_heads: expected a divisor of {heads} heads, got {kv_heads}")
-    return kv_heads
-
-
-def op_impl(impl: str) -> str:
-    """Of the ops beside attention in a module of this impl."""
-    return "auto" if check_impl(impl, ATTENTION_IMPLS) not in IMPLS else impl
 
 
 class MaskedCrossAttention(nn.Module):
@@ -90,12 +76,12 @@ class MaskedCrossAttention(nn.Module):
         self.kv_heads = check_heads(heads, kv_heads)
         self.only_attend_immediate_media = only_attend_immediate_media
         default = "previous" if only_attend_immediate_media else "all_previous"
-        self.attend = _one_of("attend", default if attend is None else attend, ATTEND)
+        self.attend = one_of("attend", default if attend is None else attend, ATTEND)
         default = "uniform" if self.attend == "all_previous" else "zero"
-        self.unattended = _one_of(
+        self.unattended = one_of(
             "unattended", default if unattended is None else unattended, UNATTENDED
         )
-        self.past_last = None if past_last is None else _one_of("past_last", past_last, PAST_LAST)
+        self.past_last = None if past_last is None else one_of("past_last", past_last, PAST_LAST)
         self.impl = check_impl(impl, ATTENTION_IMPLS)
         self.norm = make_norm(norm, dim, op_impl(impl))
         self.norm_media = make_norm(norm, dim_visual, op_impl(impl)) if media_norm else None
@@ -278,9 +264,3 @@ def project_media_kv(
         of_layer[id(attention)] if id(attention) in of_layer else attention.project_media(media)
         for attention in attentions
     ]
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
-    return value

@@ -7,24 +7,11 @@ from torch import nn
 
 from flamingo_fast.modules.activation import SquaredReLU
 from flamingo_fast.modules.norm import LayerNorm, RMSNorm
+from flamingo_fast.modules.options import check_dims, make_norm
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.feed_forward import check_activation, feed_forward
-from flamingo_fast.ops.norm import check_norm_name
-
-
-def check_dims(least: int = 1, /, **dims: int) -> None:
-    """All are integers, and not below `least`."""
-    for name, value in dims.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
-
-
-def make_norm(norm: str, dim: int, impl: str) -> LayerNorm | RMSNorm:
-    """Of eps 1e-5, which is torch.nn.LayerNorm's and the peers'."""
-    if check_norm_name(norm) == "rms":
-        return RMSNorm(dim, 1e-5, impl=impl)
-    return LayerNorm(dim, impl=impl)
+from flamingo_fast.ops.gated_residual import gated_residual
 
 
 class FeedForward(nn.Sequential):
@@ -101,8 +88,6 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
-        if self._activation() is None:
-            return super().forward(x)
         return self.after_norm(self[0](x))
 
     def after_norm(
@@ -112,6 +97,13 @@ class FeedForward(nn.Sequential):
         gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What follows the norm, and residual + tanh(gate) * it if these are given."""
+        activation = self._activation()
+        if activation is None:
+            for module in list(self)[1:]:
+                normed = module(normed)
+            if residual is None or gate is None:
+                return normed
+            return gated_residual(residual, normed, gate, impl=self.impl)
         up: Any = self[1]
         down: Any = self[3]
         return feed_forward(
@@ -120,7 +112,7 @@ class FeedForward(nn.Sequential):
             up.bias,
             down.weight,
             down.bias,
-            activation=self._activation() or "gelu",
+            activation=activation,
             residual=residual,
             gate=gate,
             impl=self.impl,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flamingo_fast.modules.cross_attention import check_heads, op_impl
-from flamingo_fast.modules.feed_forward import FeedForward, check_dims, make_norm
+from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.norm import LayerNorm
+from flamingo_fast.modules.options import check_dims, check_heads, make_norm, op_impl
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.latent_attention import latent_attention
@@ -139,10 +139,8 @@ class _Resampler(nn.Module):
         if max_num_media is not None:
             self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim))
 
-    def _embed(
-        self, x: torch.Tensor, media_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, F * S, dim) of x, and media_seqlens checked."""
+    def _embed(self, x: torch.Tensor, media_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """(B, N, F * S, dim) of x; media_seqlens are only checked."""
         width = self.dim if self.media_proj is None else self.media_proj.in_features
         if x.dim() not in (3, 4, 5) or x.shape[-1] != width:
             raise ValueError(
@@ -171,7 +169,7 @@ class _Resampler(nn.Module):
                     f"got {num_media}"
                 )
             x = x + self.media_time_embs[:num_media]
-        return x, media_seqlens
+        return x
 
     def _frame_embs(self, num_frames: int) -> torch.Tensor:
         """(F, dim); the first and the last frame keep theirs where the others are interpolated."""
@@ -212,7 +210,7 @@ class PerceiverResampler(_Resampler):
     Attributes:
         merge_media_projections: whether the media are normed once, and projected to keys and values
             of all layers in one matrix product, where no gradient is wanted. None: not on a CPU,
-            which it doesn't help. Layers whose weights may not be read project on their own.
+            which it doesn't help. If the weights of any may not be read, each projects itself.
 
     Raises:
         ValueError: a wrong argument, by name.
@@ -282,7 +280,7 @@ class PerceiverResampler(_Resampler):
         Raises:
             TypeError, ValueError: a wrong argument, by name.
         """
-        x, media_seqlens = self._embed(x, media_seqlens)
+        x = self._embed(x, media_seqlens)
         media_kv = self._project_media(x)
         # Of all media the first layer's latents are the same.
         latents = self.latents.expand(*(1,) * (x.dim() - 2), -1, -1)
@@ -363,7 +361,7 @@ class MLPResampler(_Resampler):
         self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, N, F, S, dim) -> (B, N, F * S, dim); of padding, any value: see `MediaLayout`."""
-        x, _ = self._embed(x, media_seqlens)
+        x = self._embed(x, media_seqlens)
         for ff in self.layers:
             x = x + ff(x)
         return self.norm(x)
@@ -436,7 +434,7 @@ class TransformerResampler(_Resampler):
         self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, N, F, S, dim) -> (B, N, F * S, dim); no valid feature attends to padding."""
-        x, media_seqlens = self._embed(x, media_seqlens)
+        x = self._embed(x, media_seqlens)
         outer = x.shape[:2]
         x = x.flatten(0, 1)
         mask = None

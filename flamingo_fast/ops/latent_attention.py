@@ -225,7 +225,7 @@ def _not_in_triton(q: torch.Tensor) -> str | None:
     return None
 
 
-def _of_one_source(
+def of_one_source(
     q: torch.Tensor,
     k_media: torch.Tensor,
     v_media: torch.Tensor,
@@ -296,7 +296,7 @@ def latent_attention(
     if impl == "reference" or q.numel() == 0:
         return reference.latent_attention(*tensors, media_seqlens, softmax_scale)
     if impl in ("sdpa", *VARLEN_IMPLS):
-        k, v, layout = _of_one_source(*tensors, media_seqlens)
+        k, v, layout = of_one_source(*tensors, media_seqlens)
         if impl == "sdpa":
             return sdpa_attention(q, k, v, layout, False, softmax_scale)
         # Imported here: it brings torch._dynamo, most of two seconds.

@@ -3,7 +3,7 @@
 import torch
 
 from flamingo_fast import reference
-from flamingo_fast.layout import MediaLayout
+from flamingo_fast.layout import MediaLayout, values_are_at_hand
 from flamingo_fast.ops.checks import check_attention_inputs
 from flamingo_fast.ops.dispatch import (
     ATTENTION_IMPLS,
@@ -37,12 +37,6 @@ def _mean_of_values(v: torch.Tensor, layout: MediaLayout, num_heads: int) -> tor
     count = torch.where(of_sample, lengths[media], 0).sum(1).clamp(min=1)
     mean = (total / count[:, None, None]).to(v.dtype)
     return mean.repeat_interleave(num_heads // v.shape[2], 1)
-
-
-def _may_look_at(tensor: torch.Tensor) -> bool:
-    """Whether its values are there, and looking at them waits for no GPU."""
-    plain = type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
-    return tensor.device.type == "cpu" and plain
 
 
 def _not_in_triton(q: torch.Tensor) -> str | None:
@@ -150,7 +144,7 @@ def masked_cross_attention(
             rows = ~layout.attends() & ~after
         if past_last == "uniform":
             rows = rows | after
-        if _may_look_at(rows) and not rows.any():
+        if values_are_at_hand(rows) and not rows.any():
             return out
         mean = _mean_of_values(v, layout, q.shape[2])
         out = torch.where(rows[..., None, None], mean[:, None], out)

@@ -11,10 +11,12 @@ from flamingo_fast.layout import MediaLayout
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)**2: two passes; (...) -> (...)."""
     return F.relu(x).square()
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x + tanh(gate) * y, rounded after each step; (..., width) and gate (1,) or (width,)."""
     return x + gate.to(x.dtype).tanh() * y.to(x.dtype)
 
 
@@ -25,12 +27,14 @@ def _to(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
+    """torch.nn.functional's; weight and bias (width,) or None."""
     return F.layer_norm(x, x.shape[-1:], _to(weight, x), _to(bias, x), eps)
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
+    """torch.nn.functional's, and a bias that it does not have; weight (width,) or None."""
     normed = F.rms_norm(x, x.shape[-1:], _to(weight, x), eps)
     return normed if bias is None else normed + bias.to(x.dtype)
 
@@ -44,6 +48,7 @@ def gated_residual_norm(
     eps: float,
     norm: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(residual, normed) of `gated_residual` and the norm that `norm` names, "layer" or "rms"."""
     residual = gated_residual(x, y, gate)
     return residual, (rms_norm if norm == "rms" else layer_norm)(residual, weight, bias, eps)
 
