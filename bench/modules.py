@@ -78,8 +78,20 @@ def _ours_and_weights(
 
 
 def _call_ours(num_inputs: int, *arguments: Any, impl: str = "auto") -> torch.Tensor:
+    inputs, ours, parameters = (
+        arguments[:num_inputs],
+        arguments[num_inputs],
+        arguments[num_inputs + 1 :],
+    )
+    dtype = inputs[0].dtype
+    if impl == "reference":
+        # The oracle in fp32 all through: products in 16 bits would round as the baseline's do.
+        inputs, parameters = (
+            tuple(x.float() if x.is_floating_point() else x for x in tensors)
+            for tensors in (inputs, parameters)
+        )
     with use_impl(impl):
-        return arguments[num_inputs](arguments[:num_inputs], arguments[num_inputs + 1 :])
+        return ours(inputs, parameters).to(dtype)
 
 
 def _theirs(make: _MakeModule, num_inputs: int) -> Callable[..., torch.Tensor]:

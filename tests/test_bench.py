@@ -52,7 +52,8 @@ ATTENTION = plan.BENCHMARKS["masked_cross_attention"]
 
 def small_shape(op: Benchmark) -> tuple[int, ...]:
     if op.name == "PerceiverResampler":
-        return (2, 3, 2, 5, 24, 2)
+        # 64 rows: PyTorch adds up bf16 gradients of LayerNorm in bf16.
+        return (1, 1, 2, 5, 64, 1)
     return {
         2: (16, 64),
         5: (5, 64, 2, 16, 8),
