@@ -21,7 +21,7 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test bench aot install clean distclean
+.PHONY: check lint test bench aot gpu gpu-test gpu-bench install clean distclean
 
 check: lint test
 
@@ -40,6 +40,30 @@ bench: $(STAMP)
 
 aot: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast kernels)
+
+# On a machine with a GPU, with what PYTHON has installed: kernels and modules against the oracle,
+# then benchmarks, of which each adds its rows to $(GPU_OUT)/results.csv.
+GPU_OUT ?= bench/results
+GPU_JOBS ?= 8
+GPU_TEST_ARGS ?=
+GPU_BENCH_ARGS ?=
+ON_GPU := TEST_DEVICE=cuda PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m
+GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu tanh norm gated_residual feed_forward \
+  latent_attention latent_kernels masked_cross_attention several_media gated_blocks resampler))
+GPU_OPS := latent_attention masked_cross_attention gated_residual_layer_norm PerceiverResampler \
+  GatedCrossAttentionBlock MaskedCrossAttention GatedCrossAttentionBlock_decode \
+  masked_cross_attention_mllama masked_cross_attention_all_previous
+
+gpu: gpu-test gpu-bench
+
+gpu-test:
+	$(call timed,$@,$(ON_GPU) pytest -q -n $(GPU_JOBS) --dist worksteal $(GPU_TESTS) \
+	  -k 'triton or kernels or tanh or gpu or gated_blocks or resampler' $(GPU_TEST_ARGS))
+
+gpu-bench:
+	$(call timed,$@,for op in $(GPU_OPS); do \
+	  $(ON_GPU) flamingo_fast.cli bench --op $$op --out $(GPU_OUT) $(GPU_BENCH_ARGS) || failed=1; \
+	done; test -z "$$failed")
 
 install: $(STAMP)
 

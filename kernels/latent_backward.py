@@ -164,7 +164,7 @@ def _latent_bwd_kernel(
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = tl.cdiv(LATENTS * GROUP, BLOCK_M)
+    BLOCKS: tl.constexpr = (LATENTS * GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) % num_kv_heads
     block = tl.program_id(0) // num_kv_heads % BLOCKS
     medium = tl.program_id(0) // num_kv_heads // BLOCKS
@@ -189,7 +189,7 @@ def _latent_bwd_kernel(
     out = tl.load(OUT + out_rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     packed_rows = (kv_head.to(tl.int64) * batch + medium) * (LATENTS * GROUP) + offs_m
-    num_packed_rows = num_kv_heads.to(tl.int64) * batch * (LATENTS * GROUP)
+    num_packed_rows = tl.cast(num_kv_heads, tl.int64) * batch * (LATENTS * GROUP)
     if STORE_DELTA:
         if tl.program_id(1) == 0:
             tl.store(DELTA + packed_rows, delta, mask=mask_m)
@@ -474,7 +474,7 @@ def _latent_dkv_kernel(
     tile = tl.program_id(0) // num_kv_heads % tiles
     medium = tl.program_id(0) // num_kv_heads // tiles
     packed_row = (kv_head.to(tl.int64) * batch + medium) * (LATENTS * GROUP)
-    num_packed_rows = num_kv_heads.to(tl.int64) * batch * (LATENTS * GROUP)
+    num_packed_rows = tl.cast(num_kv_heads, tl.int64) * batch * (LATENTS * GROUP)
     lse = LSE + packed_row
     maxima = lse + num_packed_rows
     delta = DELTA + packed_row

@@ -109,7 +109,7 @@ def _latent_fwd_kernel(
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = tl.cdiv(LATENTS * GROUP, BLOCK_M)
+    BLOCKS: tl.constexpr = (LATENTS * GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) % num_kv_heads
     # Blocks of a medium's rows read the same keys: one after the other.
     block = tl.program_id(0) // num_kv_heads % BLOCKS
@@ -180,7 +180,7 @@ def _latent_fwd_kernel(
     mask_m = offs_m < LATENTS * GROUP
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     packed_rows = (kv_head.to(tl.int64) * batch + medium) * (LATENTS * GROUP) + offs_m
-    num_packed_rows = num_kv_heads.to(tl.int64) * batch * (LATENTS * GROUP)
+    num_packed_rows = tl.cast(num_kv_heads, tl.int64) * batch * (LATENTS * GROUP)
     if SPLIT:
         packed_rows += tl.program_id(1) * num_packed_rows
         tl.store(MAXIMA + packed_rows, maximum, mask=mask_m)

@@ -222,7 +222,8 @@ def _sum_split_media_kernel(
     BLOCK: tl.constexpr,
 ):
     """Adds the sums of a split medium's work items, in their order."""
-    BLOCKS: tl.constexpr = tl.cdiv(NUM_KEYS * HEAD_DIM, BLOCK)
+    # Not tl.cdiv: before Triton 3.7 it is none of what constants can be made of.
+    BLOCKS: tl.constexpr = (NUM_KEYS * HEAD_DIM + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     which = pid // BLOCKS % 2
     kv_head = pid // (2 * BLOCKS) % num_kv_heads

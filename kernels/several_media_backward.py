@@ -106,7 +106,7 @@ def _several_media_dq_kernel(
         q = tl.load(Q + q_rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
         lse = tl.load(LSE + packed_rows, mask=mask_m, other=float("inf"))
         if Q.dtype.element_ty == tl.float32:
-            num_packed_rows = num_kv_heads.to(tl.int64) * batch * seqlen * GROUP
+            num_packed_rows = tl.cast(num_kv_heads, tl.int64) * batch * seqlen * GROUP
             maximum = tl.load(LSE + num_packed_rows + packed_rows, mask=mask_m, other=0.0)
         k_head = K + kv_head.to(tl.int64) * stride_k_head + offs_d
         v_head = V + kv_head.to(tl.int64) * stride_v_head + offs_d
@@ -333,7 +333,7 @@ def _several_media_dkv_kernel(
         delta = tl.load(DELTA + packed_base + offs_m, mask=mask_m, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * qk_scale
         if Q.dtype.element_ty == tl.float32:
-            num_packed_rows = num_kv_heads.to(tl.int64) * batch * seqlen * GROUP
+            num_packed_rows = tl.cast(num_kv_heads, tl.int64) * batch * seqlen * GROUP
             maxima = LSE + num_packed_rows + packed_base + offs_m
             scores -= tl.load(maxima, mask=mask_m, other=0.0)[None, :]
         if CROSS_MEDIA:

@@ -184,7 +184,7 @@ def _several_media_fwd_kernel(
             LSE,
             out_rows,
             packed_rows,
-            num_kv_heads.to(tl.int64) * batch * seqlen * GROUP,
+            tl.cast(num_kv_heads, tl.int64) * batch * seqlen * GROUP,
             offs_d,
             mask_m,
             mask,
@@ -243,7 +243,7 @@ def _combine_splits_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Adds the splits of each row, in their order."""
-    num_packed_rows = num_kv_heads.to(tl.int64) * batch * seqlen * GROUP
+    num_packed_rows = tl.cast(num_kv_heads, tl.int64) * batch * seqlen * GROUP
     packed_rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = packed_rows < num_packed_rows

@@ -132,7 +132,7 @@ class AttentionCase:
         )
         if self.shuffled:
             generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(self.seqlen, generator=generator)
+            order = torch.randperm(self.seqlen, generator=generator, device="cpu")
             layout = MediaLayout.from_intervals(
                 layout.media_start[:, order],
                 layout.media_end[:, order],

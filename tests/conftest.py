@@ -1,15 +1,21 @@
-"""What every test has: Triton's interpreter, with bf16 right, and a list of what was skipped."""
+"""What every test has: Triton's interpreter, with bf16 right, and a list of what was skipped.
+
+TEST_DEVICE=cuda runs tests on a GPU instead, with kernels compiled. `make gpu` names those that can.
+"""
 
 import collections
 import importlib.util
 import os
 from collections.abc import Iterator
 
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 # Triton decides at import whether kernels are interpreted.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")
 
 import pytest
 import torch
+
+torch.set_default_device(DEVICE)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -21,7 +27,7 @@ _NEEDS_APT = "needs apt package"
 @pytest.fixture(autouse=True)
 def interpreter_bf16() -> Iterator[None]:
     """The stock interpreter computes garbage from bf16, silently."""
-    if importlib.util.find_spec("triton") is None:
+    if DEVICE != "cpu" or importlib.util.find_spec("triton") is None:
         yield
         return
     from flamingo_fast.testing.interpreter_bf16 import correct_bf16
@@ -37,6 +43,13 @@ def guarded() -> Iterator:
 
     with guard() as current:
         yield current
+
+
+if DEVICE != "cpu":
+    from flamingo_fast.testing import guard as _guard
+
+    # Compiled kernels can't be guarded; what tests ask of a guard then is which of them ran.
+    _guard.guard = _guard.recorded
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -21,7 +21,8 @@ def randomized(module: nn.Module, std: float = 0.3, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         with torch.no_grad():
-            noise = torch.randn(parameter.shape, generator=generator) * std
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu") * std
+            noise = noise.to(parameter.device)
             is_norm = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + noise if is_norm else noise)
             if name.endswith("gate"):

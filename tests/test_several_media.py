@@ -104,7 +104,8 @@ def _mask(*samples: str) -> torch.Tensor:
 
 
 def _random_mask(shape: tuple[int, int, int], density: float) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    return torch.rand(shape, generator=generator) < density
 
 
 def _holes(**options) -> MediaLayout:
@@ -438,7 +439,7 @@ def test_masked_lanes_that_hold_huge_values(case):
 @pytest.mark.parametrize("seed", range(4))
 @fast_impls
 def test_random_masks(seed, impl, guarded):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     mask = torch.rand(2, 11, 9, generator=generator) < torch.rand(2, 1, 9, generator=generator)
     mask[1, :, 4:] = False
     lengths = torch.randint(0, 7, (13,), generator=generator)

@@ -51,6 +51,10 @@ def _one_medium_cases() -> Iterator[KernelCase]:
     yield from _one_medium("fp32/128x64", torch.float32, num_keys=128)
     for head_dim in (64, 128):
         yield from _one_medium(f"fp32/64x{head_dim}", torch.float32, head_dim=head_dim)
+    # What is 1 is a constant of the compiled kernel, not an integer.
+    one = functools.partial(_one_medium, dtype=torch.bfloat16, batch=1, media=1, kv_heads=1)
+    yield from one("bf16/64x64_one_head", seqlens=True)
+    yield from one("bf16/64x64_one_head_sorted_gqa", sorted_rows=True, group=4)
     yield from _one_medium("fp32_tf32/64x64", torch.float32, input_precision="tf32")
 
 
@@ -58,15 +62,17 @@ def _one_medium(
     name: str,
     dtype: torch.dtype,
     *,
+    batch: int = 8,
     seqlen: int = 2048,
+    media: int = 256,
     num_keys: int = 64,
+    kv_heads: int = 8,
     head_dim: int = 64,
     group: int = 1,
     seqlens: bool = False,
     sorted_rows: bool = False,
     input_precision: str = "ieee",
 ) -> Iterator[KernelCase]:
-    batch, media, kv_heads = 8, 256, 8
     q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
     # As halves of one projection.
     k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
@@ -175,6 +181,9 @@ def _several_media_cases() -> Iterator[KernelCase]:
     for head_dim in (64, 128, 256):
         yield from _several_media(f"fp32/64x{head_dim}", FP32, head_dim=head_dim)
     yield from mllama("fp32/6404x128_everything", FP32, **everything)
+    one = functools.partial(_several_media, dtype=BF16, batch=1, media=1, kv_heads=1, seqlens=True)
+    yield from one("bf16/64x64_one_head")
+    yield from one("bf16/6404x64_one_head_gqa", num_keys=6404, group=4, seqlen=8)
     yield from _several_media("fp32_tf32/64x64", FP32, input_precision="tf32")
 
 
@@ -182,9 +191,11 @@ def _several_media(
     name: str,
     dtype: torch.dtype,
     *,
+    batch: int = 8,
     seqlen: int = 2048,
     media: int = 256,
     num_keys: int = 64,
+    kv_heads: int = 8,
     head_dim: int = 64,
     group: int = 1,
     bits: bool = False,
@@ -193,7 +204,6 @@ def _several_media(
     input_precision: str = "ieee",
     forward_only: bool = False,
 ) -> Iterator[KernelCase]:
-    batch, kv_heads = 8, 8
     q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
     k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
     dkv = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)

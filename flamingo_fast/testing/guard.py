@@ -16,9 +16,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -50,6 +52,7 @@ __all__ = [
     "RaceError",
     "guard",
     "missing_patch_points",
+    "recorded",
 ]
 
 
@@ -394,6 +397,20 @@ def guard(*, shuffle_seed: int | None = 0, poison: Poison | None = "nan") -> Ite
             yield current
         finally:
             _active = False
+
+
+@contextlib.contextmanager
+def recorded(**options: object) -> Iterator[Guard]:
+    """What `guard` yields, of compiled kernels: nothing is checked or counted but their launches."""
+    current = Guard(shuffle_seed=None, poison=None)
+    stock = triton.JITFunction.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        current.launches.append(LaunchRecord(kernel.__name__, tuple(grid)))
+        return stock(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+    with mock.patch.object(triton.JITFunction, "run", run):
+        yield current
 
 
 def missing_patch_points() -> list[str]:

@@ -13,8 +13,8 @@ def random_tensor(
     layout: str = "contiguous",
     requires_grad: bool = False,
 ) -> torch.Tensor:
-    """Standard normal values; the same seed and shape give the same values in every
-    layout but "expanded".
+    """Standard normal values on the default device; the same seed and shape give the same values
+    in every layout but "expanded".
 
     Arguments:
         layout: "contiguous"; "sliced" out of a fused projection (one more dimension before the
@@ -24,8 +24,9 @@ def random_tensor(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    values = values.to(torch.get_default_device(), dtype)
     if layout == "sliced" and len(shape) > 1:
         fused = torch.stack([values] * 3, dim=-3 if len(shape) > 2 else 0)
         values = fused.select(-3 if len(shape) > 2 else 0, 1)

@@ -14,6 +14,7 @@ from flamingo_fast.kernels.norm_forward import gated_residual_norm_fwd, norm_fwd
 from flamingo_fast.kernels.squared_relu import squared_relu_bwd, squared_relu_fwd
 from flamingo_fast.testing.aot import KernelCase, Rules
 from flamingo_fast.testing.attention_kernel_cases import attention_cases
+from flamingo_fast.testing.latent_kernel_cases import latent_cases
 
 ROWS = 8192
 # One for each power of two that a launch configuration depends on.
@@ -190,4 +191,5 @@ CASES = [
     *_gated_residual_cases(),
     *_norm_cases(),
     *attention_cases(),
+    *latent_cases(),
 ]

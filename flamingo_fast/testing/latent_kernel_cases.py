@@ -54,6 +54,9 @@ def latent_cases() -> Iterator[KernelCase]:
     for head_dim in (64, 128, 256):
         yield from _latent(f"fp32/256x{head_dim}", FP32, head_dim=head_dim)
     yield from _latent("fp32/257x128_gqa", FP32, num_keys=257, head_dim=128, group=4)
+    one = functools.partial(_latent, dtype=BF16, media=1, kv_heads=1)
+    yield from one("bf16/256x64_one_head")
+    yield from one("bf16/4096x64_one_head_gqa_split", num_keys=4096, group=4, seqlens=True)
     yield from _latent("fp32_tf32/256x64", FP32, input_precision="tf32")
 
 
@@ -61,15 +64,16 @@ def _latent(
     name: str,
     dtype: torch.dtype,
     *,
+    media: int = 40,
     latents: int = 64,
     num_keys: int = 256,
+    kv_heads: int = 8,
     head_dim: int = 64,
     group: int = 1,
     seqlens: bool = False,
     input_precision: str = "ieee",
     gradients: tuple[str, ...] = ("latent_bwd",),
 ) -> Iterator[KernelCase]:
-    media, kv_heads = 40, 8
     q = _meta(media, latents, kv_heads * group, head_dim, dtype=dtype)
 
     def projection(keys: int) -> torch.Tensor:
