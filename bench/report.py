@@ -85,6 +85,7 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
     for m in measurements:
         case = (m.kernel, m.shape, m.dtype, m.mode, m.provider)
         by_case.setdefault(case, {})[m.metric] = m
+    on_gpu = any(m.metric == "cpu_time" for m in measurements)
     rows = [
         [
             *case,
@@ -94,6 +95,7 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
             _digits(found["bandwidth"].value.p50),
             f"{found['of_copy_ceiling'].value.p50:.0f}",
             _digits(found["peak_memory"].value.p50),
+            *([_digits(found["cpu_time"].value.p50)] if on_gpu else []),
         ]
         for case, found in by_case.items()
         if "time" in found
@@ -103,6 +105,7 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
         (
             *("op", "shape", "dtype", "mode", "provider"),
             *("ms", "p20 to p80", f"x vs {BASELINE}", "GB/s", "% of copy", "MB"),
+            *(["CPU ms"] if on_gpu else []),
         ),
         rows,
         5,
@@ -110,6 +113,11 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
             f"x vs {BASELINE}: median of the ratios of paired rounds; above 1 is faster.",
             "GB/s: useful bytes (each input read and each output written once) over the time.",
             "MB: the most that a call holds at once, its results among it.",
+            *(
+                ["CPU ms: what starting a call takes; ms is of a GPU that never waits for it."]
+                if on_gpu
+                else []
+            ),
         ),
     )
 

@@ -51,6 +51,16 @@ def run(
     progress("ceilings")
     ceilings = measure_ceilings(device, plan.dtypes, budget_s=plan.budget_s, quick=plan.quick)
     results = Results(plan, device, records.environment(device), ceilings, ceilings.measurements())
+    try:
+        _measure(plan, device, results, progress)
+    except KeyboardInterrupt:
+        results.failures.append("interrupted: what follows was not measured")
+    return results
+
+
+def _measure(
+    plan: Plan, device: torch.device, results: Results, progress: Callable[[str], None]
+) -> None:
     clock = device_clock(device)
     for benchmark, shape, dtype in plan.cases:
         progress(f"{benchmark.name} {shape_name(shape)} {dtype}")
@@ -63,7 +73,6 @@ def run(
     for benchmark in plan.benchmarks:
         progress(f"{benchmark.name}: CPU time per call")
         _measure_overhead(benchmark, device, results)
-    return results
 
 
 def _build(
@@ -118,6 +127,12 @@ def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
             budget_s=results.plan.budget_s,
             fewest_rounds=case.benchmark.fewest_rounds,
         )
+        if case.device.type == "cuda":
+            budget_s = results.plan.budget_s / 3
+            host = interleaved(calls, wall_clock(case.device), budget_s=budget_s, fewest_rounds=5)
+            for provider, seconds in host.items():
+                starting = Quantiles.of(second * 1e3 for second in seconds)
+                _record(case, provider, mode, {("cpu_time", "ms"): starting}, results)
         for provider, seconds in samples.items():
             bandwidth = [work.bytes / 1e9 / second for second in seconds]
             metrics = {

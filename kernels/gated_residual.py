@@ -4,12 +4,13 @@ The backward writes dy and, for the gate, one fp32 partial sum a program. dx is 
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import cdiv, launch, next_power_of_2, target_of
 from flamingo_fast.kernels.partials import Partials
 from flamingo_fast.kernels.rows import RowTensor, as_rows, row_offsets
 from flamingo_fast.kernels.tanh import tanh
@@ -23,9 +24,10 @@ class GatedResidualConfig:
     programs_per_sm: int
 
 
+@functools.cache
 def config_for(width: int) -> GatedResidualConfig:
     """Sixteen elements a thread: two 128-bit accesses of each 16-bit tensor."""
-    block_n = min(triton.next_power_of_2(width), 512)
+    block_n = min(next_power_of_2(width), 512)
     return GatedResidualConfig(2048 // block_n, block_n, num_warps=4, programs_per_sm=8)
 
 
@@ -46,7 +48,7 @@ def _tile(vector_gate: bool, *tensors: torch.Tensor) -> _Tiling:
     if not vector_gate and all(tensor.is_contiguous() for tensor in tensors):
         width = 512
         views = [RowTensor(tensor, width, 0) for tensor in tensors]
-        return _Tiling(True, numel, triton.cdiv(numel, width), width, 1, views)
+        return _Tiling(True, numel, cdiv(numel, width), width, 1, views)
     rows, width, inner, views = as_rows(*tensors)
     return _Tiling(False, numel, rows, width, inner, views)
 
@@ -159,7 +161,7 @@ def gated_residual_fwd(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> 
     tiling = _tile(vector_gate, x, y)
     config = config_for(tiling.width)
     x_view, y_view = tiling.views
-    grid = triton.cdiv(tiling.rows, config.BLOCK_M) * triton.cdiv(tiling.width, config.BLOCK_N)
+    grid = cdiv(tiling.rows, config.BLOCK_M) * cdiv(tiling.width, config.BLOCK_N)
     launch(
         _gated_residual_fwd_kernel,
         (grid,),
@@ -198,11 +200,11 @@ def gated_residual_bwd(
     dy = torch.empty(dout.shape if need_dy else (0,), dtype=y_dtype, device=dout.device)
     tiling = _tile(vector_gate, dout, dout if y is None else y)
     config = config_for(tiling.width)
-    col_blocks = triton.cdiv(tiling.width, config.BLOCK_N)
-    row_blocks = triton.cdiv(tiling.rows, config.BLOCK_M)
-    wanted = triton.cdiv(target_of(dout).num_sms * config.programs_per_sm, col_blocks)
-    blocks_per_program = max(triton.cdiv(row_blocks, wanted), 1)
-    chunks = triton.cdiv(row_blocks, blocks_per_program)
+    col_blocks = cdiv(tiling.width, config.BLOCK_N)
+    row_blocks = cdiv(tiling.rows, config.BLOCK_M)
+    wanted = cdiv(target_of(dout).num_sms * config.programs_per_sm, col_blocks)
+    blocks_per_program = max(cdiv(row_blocks, wanted), 1)
+    chunks = cdiv(row_blocks, blocks_per_program)
     partials = Partials(
         dout,
         chunks,

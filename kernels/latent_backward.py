@@ -25,7 +25,7 @@ from flamingo_fast.kernels.latent_rows import (
     load_rows,
     num_valid_keys,
 )
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import cdiv, launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
 
@@ -597,7 +597,7 @@ def latent_bwd(
     delta = q.new_empty(lse.shape[1:] if two_passes else (0,), dtype=torch.float32)
     shared = dict(INPUT_PRECISION=input_precision, LATENTS=latents, GROUP=group, HEAD_DIM=head_dim)
     config = backward_config(rows, head_dim, q.dtype, need_dkv and in_one_pass, target_of(q))
-    blocks = triton.cdiv(rows, config.BLOCK_M)
+    blocks = cdiv(rows, config.BLOCK_M)
     splits = key_splits(blocks * kv_heads, num_keys)
     if two_passes and not need_dq:
         splits = 1  # nothing but delta
@@ -640,7 +640,7 @@ def latent_bwd(
         block = 1024
         launch(
             _sum_splits_kernel,
-            (triton.cdiv(dq.numel(), block),),
+            (cdiv(dq.numel(), block),),
             sums,
             dq,
             dq.numel(),
@@ -651,8 +651,8 @@ def latent_bwd(
     if not two_passes:
         return
     config = dkv_config(rows, head_dim, q.dtype, target_of(q))
-    media_tiles = triton.cdiv(num_keys, config.BLOCK_N) if need_dmedia else 0
-    latent_tiles = triton.cdiv(latents, config.BLOCK_N) if need_dlatents else 0
+    media_tiles = cdiv(num_keys, config.BLOCK_N) if need_dmedia else 0
+    latent_tiles = cdiv(latents, config.BLOCK_N) if need_dlatents else 0
     launch(
         _latent_dkv_kernel,
         (batch * (media_tiles + latent_tiles) * kv_heads,),

@@ -1,11 +1,11 @@
 """Launch configurations of a resampler's attention, from shapes alone."""
 
 import dataclasses
+import functools
 
 import torch
-import triton
 
-from flamingo_fast.kernels.launch import Target
+from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
 
 # Media keys of a split. A program of 64 latents also reads its queries again and writes the sums
 # that are then read: beside its keys and values that is a sixth.
@@ -34,7 +34,7 @@ def key_splits(programs_per_medium: int, num_keys: int) -> int:
     """
     if num_keys <= _FEW_KEYS or programs_per_medium >= _ENOUGH_PROGRAMS:
         return 1
-    return triton.cdiv(num_keys, SPLIT_KEYS)
+    return cdiv(num_keys, SPLIT_KEYS)
 
 
 def _has_wide_matrix_unit(target: Target) -> bool:
@@ -55,9 +55,10 @@ def one_pass(rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Ta
 
 
 def _block(size: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), most)
+    return min(max(next_power_of_2(size), 16), most)
 
 
+@functools.cache
 def forward_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> LatentConfig:
@@ -72,6 +73,7 @@ def forward_config(
     return _tuned_config(block_m, block_n, block_d, num_warps, target)
 
 
+@functools.cache
 def backward_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, need_dkv: bool, target: Target
 ) -> LatentConfig:
@@ -97,6 +99,7 @@ def backward_config(
     return _tuned_config(_block(rows_per_medium, 64), block_n, block_d, num_warps, target)
 
 
+@functools.cache
 def dkv_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> LatentConfig:

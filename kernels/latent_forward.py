@@ -18,7 +18,7 @@ from flamingo_fast.kernels.latent_rows import (
     load_rows,
     num_valid_keys,
 )
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import cdiv, launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
 from flamingo_fast.kernels.several_media_forward import (
@@ -229,7 +229,7 @@ def latent_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(lse_shape(q, kv_heads) if need_lse else (0,), dtype=torch.float32)
     config = forward_config(latents * group, head_dim, q.dtype, target_of(q))
-    blocks = triton.cdiv(latents * group, config.BLOCK_M)
+    blocks = cdiv(latents * group, config.BLOCK_M)
     splits = key_splits(blocks * kv_heads, num_keys)
     accs, maxima, sums = out, out, out
     if splits > 1:

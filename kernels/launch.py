@@ -70,6 +70,15 @@ def recording(target: Target) -> Iterator[list[Launch]]:
         _recording = None
 
 
+def cdiv(a: int, b: int) -> int:
+    """triton.cdiv and its like cost several microseconds a call outside kernels."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -87,9 +96,9 @@ def launch(
     """
     if 0 in grid:
         return
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     # The default of enable_fp_fusion differs between Triton versions.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     if max_registers is not None and target_of(tensor).arch.startswith("sm_"):
         options["maxnreg"] = max_registers
     if _recording is not None:
@@ -98,6 +107,44 @@ def launch(
     device = tensor.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constexprs, **options)
+            start(kernel, grid, args, constexprs, options, device.index)
     else:
-        kernel[grid](*args, **constexprs, **options)
+        start(kernel, grid, args, constexprs, options, device.index)
+
+
+# Calls of one model repeat a few hundred; this many are of shapes that never come back.
+_MOST_STARTED = 8192
+_started: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    options: dict[str, Any],
+    device_index: int | None,
+) -> None:
+    """Compiles `kernel` for these arguments if it wasn't, and starts it on the current device.
+
+    Triton's own way from arguments to the compiled kernel costs as much as all else of an op that
+    a CPU does. All that it could depend on is the key here: of numbers the values themselves.
+    """
+    key = (
+        id(kernel),
+        device_index,
+        *options.values(),
+        *constexprs.values(),
+        *[(x.dtype, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else x for x in args],
+    )
+    if (found := _started.get(key)) is not None:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+    compiled = kernel[grid](*args, **constexprs, **options)
+    # Triton's interpreter has none.
+    if compiled is not None:
+        if len(_started) >= _MOST_STARTED:
+            _started.clear()
+        constants = tuple(constexprs[name] for name in kernel.arg_names[len(args) :])
+        _started[key] = compiled, constants

@@ -7,12 +7,13 @@ a second kernel reads its inputs again, by columns. The sum for a scalar gate ne
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import Target, launch, target_of
+from flamingo_fast.kernels.launch import Target, cdiv, launch, next_power_of_2, target_of
 from flamingo_fast.kernels.norm_config import (
     MAX_REGISTERS,
     WIDEST_KEPT,
@@ -25,9 +26,10 @@ from flamingo_fast.kernels.rows import RowTensor, as_rows, contiguous, row_offse
 from flamingo_fast.kernels.tanh import tanh
 
 
+@functools.cache
 def backward_config(width: int) -> NormConfig:
     """As many programs as an SM holds, at most two: each adds a row of fp32 partials both ways."""
-    block_n = triton.next_power_of_2(width)
+    block_n = next_power_of_2(width)
     num_warps = 8 if block_n <= 2048 else 16
     return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 16 // num_warps)
 
@@ -416,12 +418,12 @@ def _backward_columns(
     target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dweight, dbias, dgate of a vector gate), empty where not wanted."""
-    col_blocks = triton.cdiv(view.width, COLUMNS.BLOCK_N)
-    row_blocks = triton.cdiv(view.rows, COLUMNS.BLOCK_M)
+    col_blocks = cdiv(view.width, COLUMNS.BLOCK_N)
+    row_blocks = cdiv(view.rows, COLUMNS.BLOCK_M)
     # Eight programs an SM, of at least 16 row blocks: their partials stay below 2 % of the reads.
     chunks = max(min(8 * target.num_sms // col_blocks, row_blocks // 16), 1)
-    blocks_per_program = max(triton.cdiv(row_blocks, chunks), 1)
-    chunks = triton.cdiv(row_blocks, blocks_per_program)
+    blocks_per_program = max(cdiv(row_blocks, chunks), 1)
+    chunks = cdiv(row_blocks, blocks_per_program)
     partials = Partials(dx, chunks, view.width, **wanted)
     if partials.wanted:
         launch(

@@ -5,7 +5,7 @@ import dataclasses
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import Target
+from flamingo_fast.kernels.launch import Target, cdiv
 
 # Above this width the parameters and their gradients' sums do not fit in registers.
 WIDEST_KEPT = 4096
@@ -29,7 +29,7 @@ class NormConfig:
         return self.BLOCK_N <= WIDEST_KEPT
 
     def programs(self, rows: int, target: Target) -> int:
-        return min(triton.cdiv(rows, self.BLOCK_M), target.num_sms * self.programs_per_sm)
+        return min(cdiv(rows, self.BLOCK_M), target.num_sms * self.programs_per_sm)
 
 
 @triton.jit

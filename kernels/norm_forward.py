@@ -4,18 +4,21 @@ residual = x + tanh(gate) * y; normed = norm(residual) * weight + bias. A gated 
 y and writes residual and normed; a plain one reads x and writes normed.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import launch, next_power_of_2, target_of
 from flamingo_fast.kernels.norm_config import MAX_REGISTERS, NormConfig, load_gate, load_parameter
 from flamingo_fast.kernels.rows import as_rows, contiguous, row_offsets
 from flamingo_fast.kernels.tanh import tanh
 
 
+@functools.cache
 def forward_config(width: int) -> NormConfig:
-    block_n = triton.next_power_of_2(width)
+    block_n = next_power_of_2(width)
     num_warps = {4096: 8, 8192: 16, 16384: 16}.get(block_n, 4)
     # As many programs as registers leave room for on an SM.
     return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 24 // num_warps)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import cdiv, launch, target_of
 from flamingo_fast.kernels.one_medium_config import backward_config
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import (
@@ -321,7 +321,7 @@ def one_medium_bwd(
     )
     if split:
         block = 1024
-        blocks = triton.cdiv(num_keys * head_dim, block)
+        blocks = cdiv(num_keys * head_dim, block)
         launch(
             _sum_split_media_kernel,
             (split_media.shape[0] * kv_heads * 2 * blocks,),

@@ -1,11 +1,11 @@
 """Launch configurations of attention where a token attends to one medium, from shapes alone."""
 
 import dataclasses
+import functools
 
 import torch
-import triton
 
-from flamingo_fast.kernels.launch import Target
+from flamingo_fast.kernels.launch import Target, next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class OneMediumConfig:
 
 
 def _block(size: int) -> int:
-    return max(triton.next_power_of_2(size), 16)
+    return max(next_power_of_2(size), 16)
 
 
 def _block_m(rows: float) -> int:
@@ -38,6 +38,7 @@ def _has_wide_matrix_unit(target: Target) -> bool:
     return target.arch in ("sm_90", "sm_100")
 
 
+@functools.cache
 def forward_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> OneMediumConfig:
@@ -52,6 +53,7 @@ def forward_config(
     return OneMediumConfig(block_m, block_r, block_d, True, num_warps, num_stages)
 
 
+@functools.cache
 def backward_config(
     rows_per_medium: float,
     num_keys: int,

@@ -5,12 +5,13 @@ vector gate whose gradient is wanted. Those of a scalar gate are a tensor of the
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch
+from flamingo_fast.kernels.launch import cdiv, launch, next_power_of_2
 from flamingo_fast.kernels.rows import contiguous
 from flamingo_fast.kernels.tanh import tanh_grad
 
@@ -23,9 +24,10 @@ class PartialsConfig:
     num_warps: int
 
 
+@functools.cache
 def config_for(width: int) -> PartialsConfig:
     """Blocks narrow enough for the sums of 2048 columns to occupy 64 programs."""
-    block_n = min(max(triton.next_power_of_2(width) // 64, 32), 128)
+    block_n = min(max(next_power_of_2(width) // 64, 32), 128)
     return PartialsConfig(BLOCK_M=2048 // block_n, BLOCK_N=block_n, BLOCK_SCALARS=1024, num_warps=4)
 
 
@@ -132,7 +134,7 @@ class Partials:
         config = config_for(width)
         launch(
             _sum_partials_kernel,
-            (triton.cdiv(width, config.BLOCK_N), self.slots + self.scalar_gate),
+            (cdiv(width, config.BLOCK_N), self.slots + self.scalar_gate),
             self.rows,
             self.scalars,
             dweight,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import cdiv, launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
 from flamingo_fast.kernels.several_media_config import dkv_config, dq_config, tiles_cross_media
@@ -430,7 +430,7 @@ def several_media_bwd(
     config = dq_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
     launch(
         _several_media_dq_kernel,
-        (triton.cdiv(seqlen * group, config.BLOCK_M) * batch * kv_heads,),
+        (cdiv(seqlen * group, config.BLOCK_M) * batch * kv_heads,),
         dout,
         q,
         k,
@@ -458,12 +458,12 @@ def several_media_bwd(
         return
     config = dkv_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
     cross_media = tiles_cross_media(num_keys, config.BLOCK_N)
-    tiles = media_total * triton.cdiv(num_keys, config.BLOCK_N)
+    tiles = media_total * cdiv(num_keys, config.BLOCK_N)
     tiles_per_sample = 0
     if cross_media:
         words, rest = divmod(max(max_media, 1), 64)
-        tiles_per_sample = words * triton.cdiv(64 * num_keys, config.BLOCK_N)
-        tiles_per_sample += triton.cdiv(rest * num_keys, config.BLOCK_N)
+        tiles_per_sample = words * cdiv(64 * num_keys, config.BLOCK_N)
+        tiles_per_sample += cdiv(rest * num_keys, config.BLOCK_N)
         tiles = batch * tiles_per_sample
     launch(
         _several_media_dkv_kernel,

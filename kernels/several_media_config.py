@@ -1,11 +1,11 @@
 """Launch configurations of attention to several media a token, from shapes alone."""
 
 import dataclasses
+import functools
 
 import torch
-import triton
 
-from flamingo_fast.kernels.launch import Target
+from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
 
 # Keys of a split, at least. A program also reads its queries again, and writes the sums that are
 # then read: beside reading so many keys for its rows that is at most a sixth.
@@ -36,6 +36,7 @@ class KeySplits:
     count: int
 
 
+@functools.cache
 def key_splits(programs_per_sample: int, block_m: int, num_keys: int, max_media: int) -> KeySplits:
     """Where a split begins follows from num_keys alone; more media add splits, and change none.
 
@@ -45,7 +46,7 @@ def key_splits(programs_per_sample: int, block_m: int, num_keys: int, max_media:
         return KeySplits(media=1, keys=num_keys, count=1)
     split_keys = max(_SPLIT_KEYS, _SPLIT_KEYS_OF_A_ROW * block_m)
     media, keys = max(split_keys // num_keys, 1), min(split_keys, num_keys)
-    return KeySplits(media, keys, triton.cdiv(max_media, media) * triton.cdiv(num_keys, keys))
+    return KeySplits(media, keys, cdiv(max_media, media) * cdiv(num_keys, keys))
 
 
 def tiles_cross_media(num_keys: int, block_n: int) -> bool:
@@ -54,9 +55,10 @@ def tiles_cross_media(num_keys: int, block_n: int) -> bool:
 
 
 def _block(size: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), most)
+    return min(max(next_power_of_2(size), 16), most)
 
 
+@functools.cache
 def forward_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:
@@ -71,6 +73,7 @@ def forward_config(
     return _tuned_config(block_m, 32 if cross_media else block_n, block_d, cross_media, target)
 
 
+@functools.cache
 def dq_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:
@@ -82,6 +85,7 @@ def dq_config(
     return _tuned_config(block_m, 32, block_d, tiles_cross_media(num_keys, 32), target)
 
 
+@functools.cache
 def dkv_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:

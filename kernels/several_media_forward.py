@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch, target_of
+from flamingo_fast.kernels.launch import cdiv, launch, next_power_of_2, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
 from flamingo_fast.kernels.several_media_config import (
@@ -315,7 +315,7 @@ def several_media_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(lse_shape(q, kv_heads) if need_lse else (0,), dtype=torch.float32)
     config = forward_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
-    blocks = triton.cdiv(seqlen * group, config.BLOCK_M)
+    blocks = cdiv(seqlen * group, config.BLOCK_M)
     splits = key_splits(blocks * kv_heads, config.BLOCK_M, num_keys, max_media)
     partial_shape = (splits.count, kv_heads, batch, seqlen, group)
     accs, maxima, sums = out, out, out
@@ -380,11 +380,11 @@ def combine_splits(
     accs (splits, Hkv, B, L, H // Hkv, D), maxima and sums (splits, Hkv, B, L, H // Hkv), fp32.
     """
     splits, kv_heads, batch, seqlen, group, head_dim = accs.shape
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
     block_m = max(1024 // block_d, 1)
     launch(
         _combine_splits_kernel,
-        (triton.cdiv(batch * seqlen * kv_heads * group, block_m),),
+        (cdiv(batch * seqlen * kv_heads * group, block_m),),
         accs,
         maxima,
         sums,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch
+from flamingo_fast.kernels.launch import cdiv, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _squared_relu_bwd_kernel(X, DOUT, DX, numel, BLOCK: tl.constexpr):
 def squared_relu_fwd(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    grid = (triton.cdiv(x.numel(), CONFIG.BLOCK),)
+    grid = (cdiv(x.numel(), CONFIG.BLOCK),)
     launch(
         _squared_relu_fwd_kernel,
         grid,
@@ -57,7 +57,7 @@ def squared_relu_fwd(x: torch.Tensor) -> torch.Tensor:
 def squared_relu_bwd(x: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     x, dout = x.contiguous(), dout.contiguous()
     dx = torch.empty_like(x)
-    grid = (triton.cdiv(x.numel(), CONFIG.BLOCK),)
+    grid = (cdiv(x.numel(), CONFIG.BLOCK),)
     launch(
         _squared_relu_bwd_kernel,
         grid,

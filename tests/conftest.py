@@ -1,6 +1,6 @@
 """What every test has: Triton's interpreter, with bf16 right, and a list of what was skipped.
 
-TEST_DEVICE=cuda runs tests on a GPU instead, with kernels compiled. `make gpu` names those that can.
+TEST_DEVICE=cuda runs them on a GPU instead, kernels compiled; `make gpu` names those that can.
 """
 
 import collections
@@ -8,14 +8,15 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 # Triton decides at import whether kernels are interpreted.
-os.environ.setdefault("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")
+os.environ.setdefault("TRITON_INTERPRET", "0" if "TEST_DEVICE" in os.environ else "1")
 
 import pytest
 import torch
 
-torch.set_default_device(DEVICE)
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -50,6 +51,14 @@ if DEVICE != "cpu":
 
     # Compiled kernels can't be guarded; what tests ask of a guard then is which of them ran.
     _guard.guard = _guard.recorded
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE != "cpu":
+        skip = pytest.mark.skip(reason="of a CPU, and TEST_DEVICE is another")
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(skip)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

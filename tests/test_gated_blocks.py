@@ -253,6 +253,7 @@ def as_lora(linear):
     return lora
 
 
+@pytest.mark.cpu
 @every_dtype
 def test_keys_and_values_of_all_layers_at_once(dtype):
     layers = [block(dtype), block(dtype, heads=4, kv_heads=1, bias=True), block(dtype).attn]

@@ -85,6 +85,7 @@ def test_few_layers_and_no_media(depth, batch):
     assert ours(torch.randn(batch, 3, 1, 7, 24)).shape == (batch, 3, 5, 24)
 
 
+@pytest.mark.cpu
 @every_dtype
 @pytest.mark.parametrize(
     "options",

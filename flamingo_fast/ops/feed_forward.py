@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from flamingo_fast.ops.checks import check_floating, check_like, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import choose_impl
+from flamingo_fast.ops.dispatch import apply, choose_impl
 from flamingo_fast.ops.gated_residual import (
     gated_residual,
     gated_residual_backward_op,
@@ -233,9 +233,27 @@ def feed_forward(
         bias_up = None if bias_up is None else bias_up.to(dtype)
         bias_down = None if bias_down is None else bias_down.to(dtype)
         with torch.autocast(device_type, enabled=False):
-            return _FeedForwardFn.apply(
-                residual, gate, x, weight_up, bias_up, weight_down, bias_down, activation, impl
+            return apply(
+                _FeedForwardFn,
+                residual,
+                gate,
+                x,
+                weight_up,
+                bias_up,
+                weight_down,
+                bias_down,
+                activation,
+                impl,
             )
-    return _FeedForwardFn.apply(
-        residual, gate, x, weight_up, bias_up, weight_down, bias_down, activation, impl
+    return apply(
+        _FeedForwardFn,
+        residual,
+        gate,
+        x,
+        weight_up,
+        bias_up,
+        weight_down,
+        bias_down,
+        activation,
+        impl,
     )

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
 from flamingo_fast.ops.checks import check_like, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import empty_gradient, register_op, resolve_impl
+from flamingo_fast.ops.dispatch import apply, empty_gradient, register_op, resolve_impl
 
 
 def _forward(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, impl: str) -> torch.Tensor:
@@ -109,4 +109,4 @@ def gated_residual(
     impl = resolve_impl(impl, x)
     if impl == "reference":
         return reference.gated_residual(x, y, gate)
-    return _GatedResidualFn.apply(x, y, gate, impl)
+    return apply(_GatedResidualFn, x, y, gate, impl)

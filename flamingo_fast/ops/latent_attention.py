@@ -23,6 +23,7 @@ from flamingo_fast.ops.dispatch import (
     ATTENTION_IMPLS,
     VARLEN_IMPLS,
     BackendUnavailableError,
+    apply,
     choose_impl,
     register_op,
 )
@@ -310,7 +311,8 @@ def latent_attention(
     if softmax_scale <= 0:
         # The largest score is found before it is scaled.
         q, softmax_scale = (q * 0, 1.0) if softmax_scale == 0 else (-q, -softmax_scale)
-    return _LatentAttentionFn.apply(
+    return apply(
+        _LatentAttentionFn,
         q,
         k_media,
         v_media,

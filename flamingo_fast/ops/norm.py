@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
 from flamingo_fast.ops.checks import check_eps, check_like, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import empty_gradient, register_op, resolve_impl
+from flamingo_fast.ops.dispatch import apply, empty_gradient, register_op, resolve_impl
 from flamingo_fast.ops.gated_residual import gated_residual_backward_op
 
 _WIDEST_TRITON_ROW = 16384
@@ -360,7 +360,7 @@ def layer_norm(
         return reference.layer_norm(x, weight, bias, eps, _normed_dtype(x))
     if impl == "torch" and _is_best_in_torch(x, weight, bias):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return _NormFn.apply(x, weight, bias, eps, False, _normed_dtype(x), impl)
+    return apply(_NormFn, x, weight, bias, eps, False, _normed_dtype(x), impl)
 
 
 def rms_norm(
@@ -375,7 +375,7 @@ def rms_norm(
     impl = _check_norm(x, weight, bias, eps, impl)
     if impl == "reference":
         return reference.rms_norm(x, weight, bias, eps, _normed_dtype(x))
-    return _NormFn.apply(x, weight, bias, eps, True, _normed_dtype(x), impl)
+    return apply(_NormFn, x, weight, bias, eps, True, _normed_dtype(x), impl)
 
 
 def gated_residual_norm(
@@ -415,6 +415,6 @@ def gated_residual_norm(
     check_parameter("gate", gate, x, [(1,), (x.shape[-1],)])
     if impl == "reference":
         return reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm, _normed_dtype(x))
-    return _GatedResidualNormFn.apply(
-        x, y, gate, weight, bias, eps, norm == "rms", _normed_dtype(x), impl
+    return apply(
+        _GatedResidualNormFn, x, y, gate, weight, bias, eps, norm == "rms", _normed_dtype(x), impl
     )

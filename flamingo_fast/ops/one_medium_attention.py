@@ -18,7 +18,7 @@ from flamingo_fast.ops.attention_gradients import (
     of_one_projection,
     separate,
 )
-from flamingo_fast.ops.dispatch import register_op
+from flamingo_fast.ops.dispatch import apply, register_op
 from flamingo_fast.schedule import num_slots
 
 
@@ -217,7 +217,8 @@ def one_medium_attention(
     impl: str,
 ) -> torch.Tensor:
     """impl "triton" or "torch", the latter on a CPU; k and v are (media_total, R, Hkv, D)."""
-    return _OneMediumAttentionFn.apply(
+    return apply(
+        _OneMediumAttentionFn,
         q,
         k,
         v,

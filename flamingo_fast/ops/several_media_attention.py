@@ -17,7 +17,7 @@ from flamingo_fast.ops.attention_gradients import (
     of_one_projection,
     separate,
 )
-from flamingo_fast.ops.dispatch import register_op
+from flamingo_fast.ops.dispatch import apply, register_op
 
 
 def _forward(
@@ -310,7 +310,8 @@ def several_media_attention(
     media_end = layout.media_end
     if dense and layout.media_seqlens is not None:
         media_end = torch.where(layout.attends(), media_end, layout.media_start)
-    return _SeveralMediaAttentionFn.apply(
+    return apply(
+        _SeveralMediaAttentionFn,
         q,
         k,
         v,

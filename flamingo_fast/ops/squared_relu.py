@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
 from flamingo_fast.ops.checks import check_floating
-from flamingo_fast.ops.dispatch import register_op, resolve_impl
+from flamingo_fast.ops.dispatch import apply, register_op, resolve_impl
 
 
 def _forward(x: torch.Tensor, impl: str) -> torch.Tensor:
@@ -71,4 +71,4 @@ def squared_relu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     impl = resolve_impl(impl, x)
     if impl == "reference":
         return reference.squared_relu(x)
-    return _SquaredReluFn.apply(x, impl)
+    return apply(_SquaredReluFn, x, impl)

@@ -20,7 +20,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -31,6 +30,7 @@ from triton.runtime.interpreter import (
     TensorHandle,
 )
 
+from flamingo_fast.kernels import launch
 from flamingo_fast.testing import interpreter_bf16
 from flamingo_fast.testing.interpreter_patches import Replacements, missing_names, replaced
 from flamingo_fast.testing.launch_memory import (
@@ -401,15 +401,16 @@ def guard(*, shuffle_seed: int | None = 0, poison: Poison | None = "nan") -> Ite
 
 @contextlib.contextmanager
 def recorded(**options: object) -> Iterator[Guard]:
-    """What `guard` yields, of compiled kernels: nothing is checked or counted but their launches."""
+    """What `guard` yields, of compiled kernels: their launches are listed, and nothing checked."""
     current = Guard(shuffle_seed=None, poison=None)
-    stock = triton.JITFunction.run
+    stock = launch.start
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        current.launches.append(LaunchRecord(kernel.__name__, tuple(grid)))
-        return stock(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+    def start(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
+        current.launches.append(LaunchRecord(kernel.__name__, (x, y, z)))
+        stock(kernel, grid, *arguments)
 
-    with mock.patch.object(triton.JITFunction, "run", run):
+    with mock.patch.object(launch, "start", start):
         yield current
 
 
