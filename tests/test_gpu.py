@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from unittest import mock
 
 import attention_cases
 import latent_cases
@@ -11,6 +12,8 @@ from attention_cases import AttentionCase
 from latent_cases import LatentCase
 
 import flamingo_fast as ff
+from flamingo_fast import MediaLayout
+from flamingo_fast.modules import MaskedCrossAttention
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.get_default_device().type != "cuda",
@@ -108,3 +111,34 @@ def test_other_libraries(case, impl):
         check(case, impl)
     except ff.BackendUnavailableError as error:
         pytest.skip(str(error))
+
+
+def test_layers_share_a_layout_until_the_locations_change():
+    layers = [MaskedCrossAttention(dim=32, dim_visual=24, dim_head=16, heads=2) for _ in range(2)]
+    x, media = torch.randn(2, 9, 32), torch.randn(2, 2, 4, 24)
+    locations = torch.zeros(2, 9, dtype=torch.bool)
+    locations[:, 1] = True
+    made = MediaLayout.from_media_locations
+    with mock.patch.object(MediaLayout, "from_media_locations", side_effect=made) as making:
+        first = [layer(x, media, locations) for layer in layers]
+        assert making.call_count == 1
+        locations[:, 1], locations[:, 5] = False, True
+        moved = layers[0](x, media, locations)
+        assert making.call_count == 2
+        torch.testing.assert_close(moved, layers[0](x, media, locations.clone()))
+        assert not torch.equal(moved, first[0])
+
+
+def test_a_graph_makes_its_own_layout():
+    layer = MaskedCrossAttention(dim=32, dim_visual=24, dim_head=16, heads=2)
+    x, media = torch.randn(2, 9, 32), torch.randn(2, 2, 4, 24)
+    locations = torch.zeros(2, 9, dtype=torch.bool)
+    locations[:, 1] = True
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        layer(x, media, locations)
+        with torch.cuda.graph(graph):
+            captured = layer(x, media, locations)
+        locations[:, 1], locations[:, 5] = False, True
+        graph.replay()
+        assert torch.equal(captured, layer(x, media, locations))

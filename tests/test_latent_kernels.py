@@ -49,13 +49,13 @@ MANY_ROWS = {
     ),
 }
 SPLIT = {
-    "split": (LatentCase(1, 5, 2100, 1, dtype=BF16), SPLIT_ONE_PASS),
-    "fp32": (LatentCase(1, 5, 2050, 1, head_dim=8), SPLIT_ONE_PASS),
+    "split": (LatentCase(1, 5, 1100, 1, dtype=BF16), SPLIT_ONE_PASS),
+    "fp32": (LatentCase(1, 5, 1030, 1, head_dim=8), SPLIT_ONE_PASS),
     "lengths": (
-        LatentCase(2, 4, 3100, 1, dtype=FP16, media_seqlens=(0, 2060)),
+        LatentCase(2, 4, 1600, 1, dtype=FP16, media_seqlens=(0, 1040)),
         SPLIT_ONE_PASS,
     ),
-    "gqa": (LatentCase(1, 40, 2100, 2, 1, dtype=BF16), SPLIT_TWO_PASSES),
+    "gqa": (LatentCase(1, 40, 1100, 2, 1, dtype=BF16), SPLIT_TWO_PASSES),
 }
 
 
@@ -84,9 +84,10 @@ def test_split_keys(case, backward, guarded):
 
 
 def test_how_keys_are_split():
-    """1024 media keys each, where there are many and few programs; the batch is no argument."""
-    assert [key_splits(8, keys) for keys in (0, 1, 2048, 2049, 3072, 65536)] == [1, 1, 1, 3, 3, 64]
-    assert [key_splits(programs, 65536) for programs in (1, 63, 64, 1000)] == [64, 64, 1, 1]
+    """512 media keys each, where there are many and few programs; the batch is no argument."""
+    keys = (0, 1, 1024, 1025, 1536, 65536)
+    assert [key_splits(8, count) for count in keys] == [1, 1, 1, 3, 3, 128]
+    assert [key_splits(programs, 65536) for programs in (1, 63, 64, 1000)] == [128, 128, 1, 1]
 
 
 FROZEN = {
@@ -108,7 +109,7 @@ BITS = {
     "lengths": LatentCase(3, 16, 100, 2, dtype=BF16, media_seqlens=(0, 37, 100)),
     "fp32": LatentCase(3, 5, 37, 2),
     "gqa": LatentCase(3, 33, 40, 4, 2, dtype=FP16),
-    "split": LatentCase(3, 4, 2100, 1, 1, 8, dtype=BF16, media_seqlens=(5, 2100, 1030)),
+    "split": LatentCase(3, 4, 1100, 1, 1, 8, dtype=BF16, media_seqlens=(5, 1100, 530)),
 }
 
 

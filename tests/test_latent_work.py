@@ -26,13 +26,15 @@ MHA = {
     "100": _call(num_keys=100, head_dim=64),
     "256": _call(num_keys=256, head_dim=64),
     "256x128": _call(num_keys=256, head_dim=128),
+}
+SPLIT = {
+    "1100": _call(num_keys=1100, head_dim=16),
     "2048": _call(num_keys=2048, head_dim=16),
 }
-SPLIT = {"split": _call(num_keys=2500, head_dim=16)}
 GQA = {
     "gqa": _call(num_keys=256, head_dim=64, heads=4),
     "gqa_96": _call(num_keys=256, head_dim=96, heads=4),
-    "gqa_split": _call(num_keys=2100, head_dim=16, heads=4),
+    "gqa_split": _call(num_keys=1100, head_dim=16, heads=4),
 }
 OTHERS = {
     "odd": _call(batch=2, latents=5, num_keys=37, heads=6, kv_heads=2, head_dim=40),
@@ -40,7 +42,7 @@ OTHERS = {
     "fp32_gqa": _call(num_keys=40, heads=4, head_dim=16, itemsize=4),
     "lengths": _call(batch=3, num_keys=100, head_dim=32, lengths=(0, 37, 200)),
     "lengths_gqa": _call(batch=3, num_keys=100, heads=4, head_dim=32, lengths=(0, 37, 200)),
-    "lengths_split": _call(batch=2, num_keys=2500, head_dim=16, lengths=(500, 2100)),
+    "lengths_split": _call(batch=2, num_keys=1200, head_dim=16, lengths=(500, 1100)),
     "no_features": _call(num_keys=0, head_dim=32),
 }
 CALLS = MHA | SPLIT | GQA | OTHERS
@@ -162,7 +164,7 @@ def test_bytes_where_heads_share_keys(name):
     [
         _call(num_keys=100, head_dim=16),
         _call(num_keys=100, head_dim=16, heads=4),
-        _call(num_keys=2100, head_dim=16, latents=16),
+        _call(num_keys=1100, head_dim=16, latents=16),
     ],
     ids=["one_pass", "two_passes", "split"],
 )

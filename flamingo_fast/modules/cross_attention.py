@@ -4,6 +4,7 @@ B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, Hkv 
 head dim.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -202,8 +203,9 @@ class MaskedCrossAttention(nn.Module):
                     f"media_locations: expected shape {(batch, seqlen)}, x's, got "
                     f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
                 )
-            return MediaLayout.from_media_locations(media_locations, num_media, self.attend)
-        return MediaLayout.after_media(media_locations, num_media, seqlen, self.attend)
+        return _layout_of(
+            media_locations, num_media, seqlen if use_cached_media else None, self.attend
+        )
 
     def extra_repr(self) -> str:
         kv_heads = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
@@ -211,6 +213,41 @@ class MaskedCrossAttention(nn.Module):
             f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, attend={self.attend!r}, "
             f"unattended={self.unattended!r}, impl={self.impl!r}"
         )
+
+
+# The last layout on a GPU, and what it was made of: all layers of a model are given the same
+# locations, and a layout is a hundred small kernels.
+_last_layout: tuple[weakref.ref[torch.Tensor], tuple[Any, ...], MediaLayout] | None = None
+
+
+def _layout_of(
+    media_locations: torch.Tensor, num_media: int, seqlen_after: int | None, attend: str
+) -> MediaLayout:
+    """Of the text with the media or, with `seqlen_after`, of so many tokens after it."""
+    global _last_layout
+
+    def make() -> MediaLayout:
+        if seqlen_after is None:
+            return MediaLayout.from_media_locations(media_locations, num_media, attend)
+        return MediaLayout.after_media(media_locations, num_media, seqlen_after, attend)
+
+    # Changes of a CPU's memory may come from NumPy and of an inference tensor are not counted; and
+    # a graph must make its own, of what its locations will hold then.
+    if (
+        torch.compiler.is_compiling()
+        or not media_locations.is_cuda
+        or media_locations.is_inference()
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return make()
+    stream = torch.cuda.current_stream(media_locations.device)
+    key = (media_locations._version, num_media, seqlen_after, attend, stream)
+    last = _last_layout
+    if last is not None and last[0]() is media_locations and last[1] == key:
+        return last[2]
+    layout = make()
+    _last_layout = weakref.ref(media_locations), key, layout
+    return layout
 
 
 def project_media_kv(
