@@ -57,15 +57,19 @@ def _weights(
     return weights
 
 
-def _functional(make: _MakeModule) -> Callable[..., torch.Tensor]:
-    """A function of a module's inputs, as a tuple, and its parameters, in the order it has them."""
+def _functional(make: _MakeModule, **fixed: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A function of a module's inputs, as a tuple, and its parameters, in the order it has them.
+
+    But for those that are `fixed`, by name.
+    """
     # What parameters it has is known; whose values they have is the case's business.
     with torch.device("meta"):
         module = make()
-    names = [name for name, _ in module.named_parameters()]
+    names = [name for name, _ in module.named_parameters() if name not in fixed]
 
     def call(inputs: tuple[Any, ...], parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
+        values = fixed | dict(zip(names, parameters, strict=True))
+        return functional_call(module, values, inputs)
 
     return call
 
@@ -245,6 +249,21 @@ def _build_resampler(case: Case, compiled: bool) -> Function:
     return _theirs(functools.partial(module, **_resampler_options(case.shape)), 1)
 
 
+def _build_flamingo_pytorch_resampler(case: Case, mode: str) -> Function:
+    """Without its embeddings of media, which ours and OpenFlamingo's don't have."""
+    _, media, *_, dim, _ = case.shape
+    module = _peer(peers.flamingo_pytorch).PerceiverResampler
+    options = {**_resampler_options(case.shape), "num_media_embeds": media}
+    x = case.inputs["x"]
+    embeddings = torch.zeros(media, 1, dim, dtype=x.dtype, device=case.device)
+    theirs = _functional(functools.partial(module, **options), media_pos_emb=embeddings)
+
+    def call(x: torch.Tensor, ours: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        return theirs((x.flatten(2, 3),), parameters)
+
+    return call
+
+
 def _resampler_linears(shape: Shape) -> Iterator[_Linear]:
     batch, media, frames, features, dim, depth = shape
     inner, images = _HEADS * _DIM_HEAD, batch * media
@@ -372,7 +391,10 @@ BENCHMARKS = {
             ours=functools.partial(_call_ours, 1),
             work=functools.partial(_resampler_work, eager=False),
             eager_work=functools.partial(_resampler_work, eager=True),
-            others=(_floor(_resampler_linears),),
+            others=(
+                Provider("flamingo_pytorch", _build_flamingo_pytorch_resampler),
+                _floor(_resampler_linears),
+            ),
             fewest_rounds=5,
         ),
     )

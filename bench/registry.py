@@ -215,24 +215,37 @@ class Case:
         """Runs `function` forward, or forward and backward of a fixed incoming gradient."""
         if isinstance(function, Floor):
             return function.call
+        call, inputs, douts = self._arranged(function)
+        if mode == "fwd":
+            return lambda: _as_tuple(call(*inputs.values()))
+        leaves = tuple(inputs[name].requires_grad_() for name in self._leaves)
+
+        def forward_and_backward() -> tuple[torch.Tensor, ...]:
+            outputs = _as_tuple(call(*inputs.values()))
+            return *outputs, *torch.autograd.grad(outputs, leaves, douts)
+
+        return forward_and_backward
+
+    def forward(self, function: Callable[..., Any] | Rearranged) -> tuple[Call, list[Any]]:
+        """A call of `function` that keeps what its backward needs, and its inputs."""
+        call, inputs, _ = self._arranged(function)
+        for name in self._leaves:
+            inputs[name].requires_grad_()
+        return lambda: _as_tuple(call(*inputs.values())), list(inputs.values())
+
+    def _arranged(
+        self, function: Callable[..., Any] | Rearranged
+    ) -> tuple[Callable[..., Any], dict[str, Any], tuple[torch.Tensor, ...]]:
+        """The function itself, its inputs by name and the incoming gradients."""
         inputs = {
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in self.inputs.items()
         }
-        douts = self._douts
-        if isinstance(function, Rearranged):
-            arrange, function = function.arrange, function.function
-            inputs = {name: arrange(name, value) for name, value in inputs.items()}
-            douts = tuple(map(arrange, self.benchmark.outputs, douts))
-        if mode == "fwd":
-            return lambda: _as_tuple(function(*inputs.values()))
-        leaves = tuple(inputs[name].requires_grad_() for name in self._leaves)
-
-        def forward_and_backward() -> tuple[torch.Tensor, ...]:
-            outputs = _as_tuple(function(*inputs.values()))
-            return *outputs, *torch.autograd.grad(outputs, leaves, douts)
-
-        return forward_and_backward
+        if not isinstance(function, Rearranged):
+            return function, inputs, self._douts
+        inputs = {name: function.arrange(name, value) for name, value in inputs.items()}
+        douts = tuple(map(function.arrange, self.benchmark.outputs, self._douts))
+        return function.function, inputs, douts
 
     def results(self, function: Function, mode: str) -> dict[str, torch.Tensor]:
         """What a call returns, by name, arranged as in `expected`."""

@@ -95,6 +95,7 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
             _digits(found["bandwidth"].value.p50),
             f"{found['of_copy_ceiling'].value.p50:.0f}",
             _digits(found["peak_memory"].value.p50),
+            _digits(found["saved_for_backward"].value.p50) if "saved_for_backward" in found else "",
             *([_digits(found["cpu_time"].value.p50)] if on_gpu else []),
         ]
         for case, found in by_case.items()
@@ -104,7 +105,7 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
         "Measured",
         (
             *("op", "shape", "dtype", "mode", "provider"),
-            *("ms", "p20 to p80", f"x vs {BASELINE}", "GB/s", "% of copy", "MB"),
+            *("ms", "p20 to p80", f"x vs {BASELINE}", "GB/s", "% of copy", "MB", "saved"),
             *(["CPU ms"] if on_gpu else []),
         ),
         rows,
@@ -113,6 +114,7 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
             f"x vs {BASELINE}: median of the ratios of paired rounds; above 1 is faster.",
             "GB/s: useful bytes (each input read and each output written once) over the time.",
             "MB: the most that a call holds at once, its results among it.",
+            "saved: MB that a forward keeps for its backward, its inputs aside.",
             *(
                 ["CPU ms: what starting a call takes; ms is of a GPU that never waits for it."]
                 if on_gpu

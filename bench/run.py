@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 
@@ -12,7 +13,16 @@ from flamingo_fast.bench.ceilings import Ceilings, measure_ceilings
 from flamingo_fast.bench.correctness import is_only_rounding, problems
 from flamingo_fast.bench.plan import BASELINE, Plan
 from flamingo_fast.bench.records import Environment, Measurement
-from flamingo_fast.bench.registry import Benchmark, Call, Case, Function, Unavailable, shape_name
+from flamingo_fast.bench.registry import (
+    Benchmark,
+    Call,
+    Case,
+    Floor,
+    Function,
+    Rearranged,
+    Unavailable,
+    shape_name,
+)
 from flamingo_fast.bench.timing import (
     Quantiles,
     Sampler,
@@ -117,7 +127,8 @@ def _right_calls(
 
 def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
     for mode in results.plan.modes:
-        calls = _right_calls(case, _build(case, mode, results), mode, results)
+        functions = _build(case, mode, results)
+        calls = _right_calls(case, functions, mode, results)
         if not calls:
             continue
         work = case.work(mode)
@@ -146,6 +157,10 @@ def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
                 metrics["speedup", "x"] = paired_ratios(samples[BASELINE], seconds)
             megabytes = peak_bytes(calls[provider], case.device) / 1e6
             metrics["peak_memory", "MB"] = Quantiles(megabytes, megabytes, megabytes, 1)
+            function = functions[provider]
+            if mode == "fwd_bwd" and not isinstance(function, Floor):
+                megabytes = saved_bytes(case, function) / 1e6
+                metrics["saved_for_backward", "MB"] = Quantiles(megabytes, megabytes, megabytes, 1)
             if work.matmul_flops:
                 rates = [work.matmul_flops / 1e12 / second for second in seconds]
                 ceiling = results.ceilings.matmul[case.dtype].p50
@@ -180,6 +195,25 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         key=lambda event: event[0],
     )
     return max(itertools.accumulate((nbytes for _, nbytes in allocations), initial=0))
+
+
+def saved_bytes(case: Case, function: Callable[..., Any] | Rearranged) -> int:
+    """Memory that a forward keeps for its backward, beyond the inputs."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # Alive, or what comes later could lie at the same address.
+        kept[storage.data_ptr()] = tensor
+        return tensor
+
+    call, inputs = case.forward(function)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            kept.pop(value.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _measure_overhead(benchmark: Benchmark, device: torch.device, results: Results) -> None:

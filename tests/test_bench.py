@@ -380,10 +380,13 @@ def test_a_quick_run_writes_its_numbers(quick_run: tuple[Result, Path]) -> None:
                 for metric in ("time", "speedup", "bandwidth", "of_copy_ceiling", "peak_memory"):
                     assert (op, provider, mode, "16x64", metric) in found
                 assert (op, provider, mode, "1x64", "cpu_time_per_call") in found
+            assert (op, provider, "fwd_bwd", "16x64", "saved_for_backward") in found
+            assert (op, provider, "fwd", "16x64", "saved_for_backward") not in found
     assert {("copy", "bandwidth"), ("matmul", "rate")} <= {(r["kernel"], r["metric"]) for r in rows}
     for row in rows:
-        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) < math.inf
-        assert int(row["samples"]) >= (1 if row["metric"] == "peak_memory" else MIN_ROUNDS)
+        counted = row["metric"] in ("peak_memory", "saved_for_backward")
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) < math.inf or counted
+        assert int(row["samples"]) >= (1 if counted else MIN_ROUNDS)
         assert row["unit"] and row["device"] and row["torch"] == torch.__version__
     speedups = [r for r in rows if r["metric"] == "speedup" and r["provider"] == "eager"]
     assert {row["p50"] for row in speedups} == {"1"}
@@ -887,6 +890,12 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
         return (second.neg(),)
 
     assert bench_run.peak_bytes(call, CPU) == 2048
+
+
+def test_saved_memory_is_what_is_kept_beside_the_inputs() -> None:
+    case = registry.Case(plan.BENCHMARKS["squared_relu"], (4, 64), "fp32", CPU)
+    assert bench_run.saved_bytes(case, lambda x: x.relu().square()) == 4 * 64 * 4
+    assert bench_run.saved_bytes(case, case.benchmark.ours) == 0
 
 
 GROWING = (ATTENTION.name, several_media.SPARSE)
