@@ -460,6 +460,31 @@ class MediaLayout:
         num_media = self.cu_media.diff()[:, None]
         return (self.media_start == num_media) & (self.media_end == num_media) & (num_media > 0)
 
+    def uniform_rows(self, unattended: bool, past_last: bool) -> torch.Tensor | None:
+        """(B, L) bool: tokens whose attention is to be uniform; None where no token's is known to.
+
+        The same tensor for all layers that ask, unless a graph is captured: it may run on others.
+
+        Arguments:
+            unattended: of tokens that attend to nothing, those past the last medium aside.
+            past_last: of these.
+        """
+        may_keep = not torch.compiler.is_compiling() and not (
+            self.media_start.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        kept = self.__dict__.setdefault("_uniform_rows", {}) if may_keep else {}
+        if (unattended, past_last) not in kept:
+            with _no_inference_tensors():
+                after = self.past_last()
+                rows = torch.zeros_like(after)
+                if unattended:
+                    rows = ~self.attends() & ~after
+                if past_last:
+                    rows = rows | after
+                is_needed = not values_are_at_hand(rows) or bool(rows.any())
+            kept[unattended, past_last] = rows if is_needed else None
+        return kept[unattended, past_last]
+
     def to_mask(self) -> torch.Tensor:
         """(B, L, max_media) bool: which media of its sample each token attends to."""
         media = torch.arange(self.max_media, dtype=torch.int32, device=self.device)

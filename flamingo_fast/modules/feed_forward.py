@@ -75,9 +75,10 @@ class FeedForward(nn.Sequential):
 
         Modules of a Sequential may be replaced, and others appended.
         """
-        if len(self) != 4 or not is_plain(self[1], self[2], self[3]):
+        modules = tuple(self._modules.values())
+        if len(modules) != 4 or not is_plain(*modules[1:]):
             return None
-        _, up, activation, down = self
+        _, up, activation, down = modules
         if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
             return None
         if isinstance(activation, SquaredReLU):
@@ -104,8 +105,8 @@ class FeedForward(nn.Sequential):
             if residual is None or gate is None:
                 return normed
             return gated_residual(residual, normed, gate, impl=self.impl)
-        up: Any = self[1]
-        down: Any = self[3]
+        modules: list[Any] = list(self._modules.values())
+        _, up, _, down = modules
         return feed_forward(
             normed,
             up.weight,

@@ -18,17 +18,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def has_hooks(module: nn.Module) -> bool:
     """Of its own, or of all modules."""
-    return any(getattr(module, name) for name in _HOOKS) or _nn_module._has_any_global_hook()
+    return any([module.__dict__[name] for name in _HOOKS]) or _nn_module._has_any_global_hook()
 
 
 def is_plain(*modules: nn.Module) -> bool:
     """Whether each is a linear layer, norm or activation and nothing more, with whole weights."""
-    return all(
-        type(module) in _PLAIN
-        and not has_hooks(module)
-        and "forward" not in module.__dict__
-        and all(
-            type(parameter) in (nn.Parameter, torch.Tensor) for parameter in module.parameters()
-        )
-        for module in modules
-    )
+    # Asked at every call, of classes without modules of their own: `parameters()` would search.
+    for module in modules:
+        if type(module) not in _PLAIN or "forward" in module.__dict__ or has_hooks(module):
+            return False
+        for parameter in module._parameters.values():
+            if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
+                return False
+    return True

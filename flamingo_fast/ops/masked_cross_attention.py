@@ -3,7 +3,7 @@
 import torch
 
 from flamingo_fast import reference
-from flamingo_fast.layout import MediaLayout, values_are_at_hand
+from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops.checks import check_attention_inputs
 from flamingo_fast.ops.dispatch import (
     ATTENTION_IMPLS,
@@ -138,13 +138,8 @@ def masked_cross_attention(
     else:
         out = several_media_attention(q, k, v, layout, dense, softmax_scale, needs_grad, impl)
     if "uniform" in (unattended, past_last):
-        after = layout.past_last()
-        rows = torch.zeros_like(after)
-        if unattended == "uniform":
-            rows = ~layout.attends() & ~after
-        if past_last == "uniform":
-            rows = rows | after
-        if values_are_at_hand(rows) and not rows.any():
+        rows = layout.uniform_rows(unattended == "uniform", past_last == "uniform")
+        if rows is None:
             return out
         mean = _mean_of_values(v, layout, q.shape[2])
         out = torch.where(rows[..., None, None], mean[:, None], out)
