@@ -121,7 +121,8 @@ def _worker(rank: int, store: str, impl: str, make: Callable[[str], Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("make", "impl"), [(_blocks, "torch"), (_blocks, "triton"), (_flamingo, "torch")]
+    ("make", "impl"),
+    [(_blocks, "torch"), (_blocks, "triton"), (_flamingo, "torch"), (_flamingo, "triton")],
 )
 def test_two_ranks_train_as_one(make, impl, tmp_path):
     mp.spawn(_worker, args=(str(tmp_path / "store"), impl, make), nprocs=WORLD)

@@ -1,5 +1,7 @@
 """Resamplers against OpenFlamingo's and flamingo-pytorch's, and against loops of PyTorch's own."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from flamingo_fast.modules import (
 )
 from flamingo_fast.modules.checkpoints import load_peer_state_dict
 from flamingo_fast.testing import peers
+from flamingo_fast.testing.compare import compare
 
 HEADS = {"heads": 2, "dim_head": 16}
 OPTIONS = {"dim": 24, "depth": 2, "num_latents": 5, **HEADS}
@@ -38,6 +41,28 @@ def test_perceiver_attention(peer, dtype):
     randomized(theirs).to(dtype)
     ours = like(theirs, PerceiverAttention(dim=24, **HEADS))
     check(ours, theirs, inputs_of(dtype, x=(2, 3, 7, 24), latents=(2, 3, 5, 24)))
+
+
+@every_dtype
+def test_heads_that_share_keys_and_values(dtype):
+    """As OpenFlamingo's, whose heads then have equal weights."""
+    ours = randomized(PerceiverAttention(dim=24, heads=4, dim_head=8, kv_heads=2)).to(dtype)
+    theirs = peers.open_flamingo().PerceiverAttention(dim=24, heads=4, dim_head=8).to(dtype)
+    weight = ours.to_kv.weight.unflatten(0, (2, 2, 8)).repeat_interleave(2, 1)
+    theirs.load_state_dict(ours.state_dict() | {"to_kv.weight": weight.flatten(0, 2)})
+    inputs = inputs_of(dtype, x=(2, 3, 7, 24), latents=(2, 3, 5, 24))
+
+    def of_shared(found):
+        gradient = found["dto_kv.weight"].unflatten(0, (2, 2, 2, 8)).sum(2)
+        return found | {"dto_kv.weight": gradient.flatten(0, 2)}
+
+    found = results(ours, inputs)
+    eager = of_shared(results(theirs, inputs))
+    oracle = of_shared(results(theirs, inputs, dtype=torch.float64))
+    for name, tensor in found.items():
+        scale = 4 * oracle[name].abs().max().item() if tensor.dim() == 1 else None
+        comparison = compare(name, tensor, eager[name], oracle[name], scale)
+        assert dataclasses.replace(comparison, drift_ulp=0.0).ok, comparison
 
 
 @pytest.mark.parametrize("outer", [(), (3,), (2, 1, 3)], ids=str)

@@ -34,6 +34,12 @@ class _Folded:
     weight_down: torch.Tensor
     bias_down: torch.Tensor | None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied block has other parameters than these were made of."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
 
 def _fold(linear: nn.Linear, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of tanh(gate) * linear, rounded once."""

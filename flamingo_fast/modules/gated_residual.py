@@ -26,6 +26,9 @@ class GatedResidual(nn.Module):
         """(..., width), (..., width) -> (..., width) of x's dtype."""
         return gated_residual(x, y, self.gate, impl=self.impl)
 
+    def extra_repr(self) -> str:
+        return f"gate={tuple(self.gate.shape)}, impl={self.impl!r}"
+
 
 class GatedResidualNorm(nn.Module):
     """residual = x + tanh(gate) * y and norm(residual) in one pass.
@@ -69,4 +72,10 @@ class GatedResidualNorm(nn.Module):
             eps=self.eps,
             norm=self.norm,
             impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.weight.shape[0]}, norm={self.norm!r}, eps={self.eps}, "
+            f"bias={self.bias is not None}, gate={tuple(self.gate.shape)}, impl={self.impl!r}"
         )
