@@ -15,6 +15,7 @@ from torch import nn
 from flamingo_fast.layout import ATTEND, MediaLayout
 from flamingo_fast.modules.options import check_dims, check_heads, make_norm, one_of, op_impl
 from flamingo_fast.modules.plain import is_plain
+from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.masked_cross_attention import (
     PAST_LAST,
@@ -168,8 +169,7 @@ class MaskedCrossAttention(nn.Module):
 
     def split_kv(self, projected: torch.Tensor) -> MediaKV:
         """Keys and values of what `to_kv` returns: views."""
-        k, v = projected.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(-3)
-        return k, v
+        return unbind_kv(projected.unflatten(-1, (2, self.kv_heads, self.dim_head)))
 
     def make_layout(
         self,

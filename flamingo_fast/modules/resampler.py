@@ -13,6 +13,7 @@ from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.norm import LayerNorm
 from flamingo_fast.modules.options import check_dims, check_heads, make_norm, op_impl
 from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.latent_attention import latent_attention
 from flamingo_fast.ops.norm import layer_norm
@@ -87,8 +88,8 @@ class PerceiverAttention(nn.Module):
             return by_head.flatten(0, -5) if outer else by_head[None]
 
         q = by_head(self.to_q(normed), self.heads).squeeze(2)
-        k_media, v_media = by_head(media_kv, self.kv_heads).unbind(2)
-        k_latents, v_latents = by_head(self.to_kv(normed), self.kv_heads).unbind(2)
+        k_media, v_media = unbind_kv(by_head(media_kv, self.kv_heads))
+        k_latents, v_latents = unbind_kv(by_head(self.to_kv(normed), self.kv_heads))
         attended = latent_attention(
             q,
             k_media,

@@ -1,6 +1,9 @@
 """What the backwards of attention share: memory for gradients, and how matrices are multiplied."""
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def input_precision() -> str:
@@ -41,3 +44,44 @@ def of_one_projection(k: torch.Tensor, v: torch.Tensor) -> bool:
         and k.stride()[1:] == (2 * width, k.shape[3], 1)
         and v.storage_offset() - k.storage_offset() == width
     )
+
+
+def unbind_kv(projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v of (..., R, 2, Hkv, D): its halves, whose gradients become one without a copy.
+
+    PyTorch's `unbind` would copy both into a new tensor.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not (torch.is_grad_enabled() and projected.requires_grad)
+        or torch._C._are_functorch_transforms_active()
+    ):
+        k, v = projected.unbind(-3)
+        return k, v
+    return _UnbindKVFn.apply(projected)
+
+
+class _UnbindKVFn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.shape = projected.shape
+        return projected.unbind(-3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dk: torch.Tensor, dv: torch.Tensor) -> torch.Tensor:
+        strides, stride = [], 1
+        for size in reversed(ctx.shape):
+            strides.append(stride)
+            stride *= size
+        strides.reverse()
+        are_halves = (
+            type(dk) is torch.Tensor
+            and type(dv) is torch.Tensor
+            and dk.stride() == dv.stride() == (*strides[:-3], *strides[-2:])
+            and dv.storage_offset() - dk.storage_offset() == strides[-3]
+            and dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
+        )
+        if are_halves:
+            return dk.as_strided(ctx.shape, strides)
+        return torch.stack([dk, dv], -3)
