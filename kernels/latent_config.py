@@ -93,7 +93,9 @@ def backward_config(
         block_m = _block(rows_per_medium, 64 if alone else 128)
         narrow = need_dkv and block_m > 64
         few = block_m <= 64 and not (need_dkv and block_d > 64)
-        return _tuned_config(block_m, 32 if narrow else 64, block_d, 4 if few else 8, target)
+        config = _tuned_config(block_m, 32 if narrow else 64, block_d, 4 if few else 8, target)
+        # A third stage would be faster by a sixth, and spill where keys are split.
+        return dataclasses.replace(config, num_stages=2) if need_dkv and block_d > 64 else config
     block_n, num_warps = 32, 4
     if need_dkv and target.arch != "gfx942":
         block_n, num_warps = 16, 4 if block_d <= 64 else 8
