@@ -37,7 +37,14 @@ CALLS = {
     "one_medium_gqa": dataclasses.replace(IMAGES, kv_heads=2),
     "several_media": dataclasses.replace(IMAGES, attend="all_previous"),
     "long_media": dataclasses.replace(IMAGES, num_keys=257),
+    "tiles_across_media": dataclasses.replace(IMAGES, attend="all_previous", num_keys=5),
+    "wide_heads": dataclasses.replace(IMAGES, head_dim=128),
+    "wide_heads_several_media": dataclasses.replace(IMAGES, head_dim=128, attend="all_previous"),
+    "decode": dataclasses.replace(IMAGES, last=1),
+    "decode_wide_heads": dataclasses.replace(IMAGES, last=1, head_dim=128),
+    "decode_several_media": dataclasses.replace(IMAGES, last=1, attend="all_previous"),
     "latents": LATENTS,
+    "latents_wide_heads": dataclasses.replace(LATENTS, head_dim=128),
     "latents_gqa": dataclasses.replace(LATENTS, kv_heads=1),
     "latents_split": dataclasses.replace(LATENTS, batch=1, features=4096),
     "latents_seqlens": dataclasses.replace(LATENTS, media_seqlens=(0, 37, 256, 100)),
@@ -53,6 +60,17 @@ def _inputs_and_call(case):
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
     return inputs, call
+
+
+def _check(case, impl):
+    check = latent_cases.check if isinstance(case, LatentCase) else attention_cases.check
+    check(case, impl)
+
+
+# Tiles of a GPU's own launch configurations, which tests with a few tokens don't fill.
+@pytest.mark.parametrize("case", CALLS.values(), ids=CALLS.keys())
+def test_values(case):
+    _check(case, "triton")
 
 
 @contextlib.contextmanager
@@ -107,8 +125,7 @@ def test_every_call_gives_the_same_bits(case):
 )
 def test_other_libraries(case, impl):
     try:
-        check = latent_cases.check if isinstance(case, LatentCase) else attention_cases.check
-        check(case, impl)
+        _check(case, impl)
     except ff.BackendUnavailableError as error:
         pytest.skip(str(error))
 
