@@ -469,8 +469,10 @@ class MediaLayout:
             unattended: of tokens that attend to nothing, those past the last medium aside.
             past_last: of these.
         """
-        may_keep = not torch.compiler.is_compiling() and not (
-            self.media_start.is_cuda and torch.cuda.is_current_stream_capturing()
+        may_keep = not (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()  # Tracers' tensors end with the trace.
+            or (self.media_start.is_cuda and torch.cuda.is_current_stream_capturing())
         )
         kept = self.__dict__.setdefault("_uniform_rows", {}) if may_keep else {}
         if (unattended, past_last) not in kept:

@@ -11,6 +11,7 @@ import matplotlib
 import pytest
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from flamingo_fast.layout import ATTEND, MediaLayout
 from flamingo_fast.schedule import chunk_rows, num_slots
@@ -592,3 +593,15 @@ def test_validate_checks_the_counts(cu_media, message):
 def test_last_refuses_what_it_does_not_have(num_tokens):
     with pytest.raises(ValueError, match=f"num_tokens: expected 0 to 4, .*; got {num_tokens}"):
         MediaLayout.from_media_locations(LOCATIONS, 2).last(num_tokens)
+
+
+def test_uniform_rows_are_kept_for_the_next_layer_and_never_inside_a_mode():
+    locations = torch.zeros(1, 4, dtype=torch.bool)
+    locations[0, [0, 2]] = True
+    layout = MediaLayout.from_media_locations(locations, 1)
+    with FlopCounterMode(display=False):
+        inside = layout.uniform_rows(False, True)
+    rows = layout.uniform_rows(False, True)
+    assert rows is not inside and rows.tolist() == [[False, False, True, True]]
+    assert layout.uniform_rows(False, True) is rows
+    assert layout.uniform_rows(True, False) is None
