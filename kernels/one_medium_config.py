@@ -49,6 +49,7 @@ def forward_config(
     # What has more than 64 keys of 128 elements spills on sm_100 with 4 warps.
     num_warps = 8 if block_r * block_d > 64 * 128 and target.arch == "sm_100" else 4
     block_m = _block_m(rows_per_sample)
+    # Never one on sm_90: with tiles of 16 rows Triton 3.6 makes a race of it, seen on an H100.
     num_stages = 1 if target.arch == "gfx942" else 2
     return OneMediumConfig(block_m, block_r, block_d, True, num_warps, num_stages)
 
