@@ -131,8 +131,10 @@ def _is_eager(arguments: tuple[Any, ...]) -> bool:
     """Whether nothing but the implementation wants to see a call: no subclass, no mode."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    tensor = next(each for each in arguments if isinstance(each, torch.Tensor))
-    return type(tensor) in _PLAIN and not tensor.is_meta
+    for each in arguments:
+        if isinstance(each, torch.Tensor) and (type(each) not in _PLAIN or each.is_meta):
+            return False
+    return True
 
 
 class _NoContext:
