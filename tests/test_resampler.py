@@ -1,5 +1,6 @@
 """Resamplers against OpenFlamingo's and flamingo-pytorch's, and against loops of PyTorch's own."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -76,11 +77,13 @@ def test_perceiver_attention_of_any_dimensions_before(outer):
 
 
 @every_dtype
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("options", EMBEDDINGS, ids=str)
-def test_open_flamingo(options, dtype):
+def test_open_flamingo(options, share, dtype):
     theirs = peers.open_flamingo().PerceiverResampler(**OPTIONS, **options)
     randomized(theirs).to(dtype)
     ours = like(theirs, PerceiverResampler(**OPTIONS, **options))
+    ours.share_media_norm = share
     check(ours, theirs, inputs_of(dtype, x=FEATURES))
 
 
@@ -110,41 +113,88 @@ def test_few_layers_and_no_media(depth, batch):
     assert ours(torch.randn(batch, 3, 1, 7, 24)).shape == (batch, 3, 5, 24)
 
 
-@pytest.mark.cpu
 @every_dtype
 @pytest.mark.parametrize(
     "options",
     [{}, {"bias": True, "heads": 4, "kv_heads": 2}, {"norm": "rms"}, {"dim_media": 20}],
     ids=str,
 )
-def test_media_projected_for_all_layers_at_once(options, dtype):
-    ours = resampler(dtype, **options)
-    x = torch.randn(2, 3, 1, 7, options.get("dim_media", 24)).to(dtype)
-    double = resampler(dtype, **options).double()
+def test_media_normed_once_for_all_layers(options, dtype):
+    # Smaller weights than elsewhere: of peaked softmaxes the largest error is a matter of luck.
+    separate, shared = (randomized(resampler(dtype, **options), std=0.15) for _ in range(2))
+    separate.share_media_norm, shared.share_media_norm = False, True
+    inputs = inputs_of(dtype, x=(2, 3, 1, 7, options.get("dim_media", 24)))
+    check(shared, separate, inputs)
+    shared.merge_media_projections = True
+    check(shared, separate, inputs)
     with torch.no_grad():
-        separately = ours(x)
-        ours.merge_media_projections = True
-        merged = ours(x)
-        oracle = double(x.double())
-    if options.get("norm") == "rms":
-        assert torch.equal(merged, separately)
-    error, limit = ((out - oracle).abs().max() for out in (merged, separately))
-    band = torch.finfo(dtype).eps * oracle.abs().max()
-    assert error <= 2 * (limit + band)
-    with torch.enable_grad():
-        assert torch.equal(ours(x), separately)
+        merged, plain, oracle = (
+            module(x)
+            for module, x in (
+                (shared, inputs["x"]),
+                (separate, inputs["x"]),
+                (copy.deepcopy(separate).double(), inputs["x"].double()),
+            )
+        )
+    error, limit = ((out - oracle).abs().max() for out in (merged, plain))
+    assert error <= 2 * (limit + torch.finfo(dtype).eps * oracle.abs().max())
 
 
-def test_layers_with_hooks_are_called_under_no_grad():
+def _norms_with(**attributes):
+    def change(ours):
+        for name, value in attributes.items():
+            setattr(ours.layers[1][0].norm_media, name, value)
+
+    return change
+
+
+def _hooked(ours):
+    ours.layers[1][0].to_kv.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_shared"),
+    [
+        (lambda ours: None, True),
+        (_norms_with(weight=None, bias=None), False),
+        (_norms_with(eps=0.5), False),
+        (_hooked, False),
+    ],
+    ids=["alike", "no_bias", "eps", "hook"],
+)
+def test_norms_of_media_are_shared_by_layers_that_allow_it(change, is_shared, monkeypatch):
     ours = resampler()
-    ours.merge_media_projections = True
-    calls = []
-    ours.layers[1][0].to_kv.register_forward_hook(lambda *_: calls.append(1))
+    change(ours)
     x = torch.randn(FEATURES)
-    with torch.no_grad():
-        merged = ours(x)
-    assert calls == [1, 1]
-    assert torch.equal(merged, ours(x))
+    ours.share_media_norm = False
+    separate = ours(x)
+    ours.share_media_norm = True
+    normed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(PerceiverAttention, "forward", _recording(normed))
+        shared = ours(x)
+    assert normed == [is_shared] * 2
+    torch.testing.assert_close(shared, separate, rtol=1e-4, atol=1e-5)
+
+
+def _recording(normed):
+    forward = PerceiverAttention.forward
+
+    def record(self, *args, **kwargs):
+        normed.append(kwargs["media_kv"] is not None)
+        return forward(self, *args, **kwargs)
+
+    return record
+
+
+@pytest.mark.parametrize("num_media", [1, 3])
+def test_few_media_are_normed_by_each_layer(num_media, monkeypatch):
+    """Of fewer features than a projection has rows."""
+    ours = resampler()
+    normed = []
+    monkeypatch.setattr(PerceiverAttention, "forward", _recording(normed))
+    ours(torch.randn(1, num_media, 1, 22, 24))
+    assert normed == [num_media * 22 >= 64] * 2
 
 
 def _lengths():

@@ -23,6 +23,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps, impl=self.impl)
 
+    def without_parameters(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` multiplies by the weight."""
+        return layer_norm(x, None, None, eps=self.eps, impl=self.impl)
+
 
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last dimension, through `flamingo_fast.rms_norm`.
@@ -38,11 +42,30 @@ class RMSNorm(nn.RMSNorm):
         self.impl = check_impl(impl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, eps=self._eps_of(x), impl=self.impl)
+
+    def without_parameters(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` multiplies by the weight."""
+        return rms_norm(x, None, eps=self._eps_of(x), impl=self.impl)
+
+    def _eps_of(self, x: torch.Tensor) -> float:
         check_floating("x", x)
         # Not x's own dtype: torch.nn.RMSNorm too takes the epsilon of what it computes in.
         default = torch.float64 if x.dtype == torch.float64 else torch.float32
-        eps = torch.finfo(default).eps if self.eps is None else self.eps
-        return rms_norm(x, self.weight, eps=eps, impl=self.impl)
+        return torch.finfo(default).eps if self.eps is None else self.eps
+
+
+def fold_norm(
+    norm: LayerNorm | RMSNorm, linear: nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of linear(norm(x)) as one linear layer of `norm.without_parameters(x)`."""
+    weight: torch.Tensor = linear.weight
+    bias: torch.Tensor | None = linear.bias
+    norm_weight, norm_bias = norm.weight, getattr(norm, "bias", None)
+    if norm_bias is not None:
+        shift = torch.mv(weight, norm_bias.to(weight.dtype))
+        bias = shift if bias is None else shift + bias
+    return weight if norm_weight is None else weight * norm_weight.to(weight.dtype), bias
 
 
 def _one_dim(dim: int) -> int:

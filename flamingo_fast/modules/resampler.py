@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.modules.feed_forward import FeedForward
-from flamingo_fast.modules.norm import LayerNorm
+from flamingo_fast.modules.norm import fold_norm
 from flamingo_fast.modules.options import check_dims, check_heads, make_norm, op_impl
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.latent_attention import latent_attention
-from flamingo_fast.ops.norm import layer_norm
 
 
 class PerceiverAttention(nn.Module):
@@ -188,6 +187,20 @@ class _Resampler(nn.Module):
         return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
+def _may_share_norm(attentions: list[Any]) -> bool:
+    """Whether their norms of media differ in parameters alone, and all weights may be read."""
+    if len(attentions) < 2:
+        return False
+    kinds = set()
+    for attn in attentions:
+        norm, to_kv = attn.norm_media, attn.to_kv
+        if has_hooks(attn) or not is_plain(norm, to_kv):
+            return False
+        has_bias = to_kv.bias is not None or getattr(norm, "bias", None) is not None
+        kinds.add((type(norm), norm.eps, to_kv.out_features, has_bias))
+    return len(kinds) == 1
+
+
 class PerceiverResampler(_Resampler):
     """R latents for each medium, whatever the number of its features (Flamingo, section 2.2).
 
@@ -209,9 +222,13 @@ class PerceiverResampler(_Resampler):
         impl: of attention, see `latent_attention`.
 
     Attributes:
-        merge_media_projections: whether the media are normed once, and projected to keys and values
-            of all layers in one matrix product, where no gradient is wanted. None: not on a CPU,
-            which it doesn't help. If the weights of any may not be read, each projects itself.
+        share_media_norm: whether the media are normed once for all layers; the parameters of a
+            layer's norm are multiplied into its projection to keys and values, a matrix. None: if
+            the media have at least as many features as it has rows. If the weights of any layer may
+            not be read (LoRA, quantised, sharded or hooked), each norms and projects itself.
+        merge_media_projections: whether, with it, they are projected to keys and values of all
+            layers in one matrix product, where no gradient is wanted. None: not on a CPU, which it
+            doesn't help.
 
     Raises:
         ValueError: a wrong argument, by name.
@@ -263,6 +280,7 @@ class PerceiverResampler(_Resampler):
             for _ in range(depth)
         )
         self.norm = make_norm(norm, dim, op_impl(impl))
+        self.share_media_norm: bool | None = None
         self.merge_media_projections: bool | None = None
 
     def forward(
@@ -299,29 +317,19 @@ class PerceiverResampler(_Resampler):
         merge = self.merge_media_projections
         if merge is None:
             merge = x.device.type != "cpu"
-        merge = (
-            merge
-            and not torch.is_grad_enabled()
-            and len(attentions) > 1
-            and all(
-                not has_hooks(attn)
-                and isinstance(attn.norm_media, LayerNorm)
-                and is_plain(attn.norm_media, attn.to_kv)
-                for attn in attentions
-            )
-        )
-        if not merge:
+        merge = merge and not torch.is_grad_enabled()
+        share = self.share_media_norm
+        if share is None and attentions:
+            share = merge or x.shape[:-1].numel() >= attentions[0].to_kv.out_features
+        if not share or not _may_share_norm(attentions):
             return [None] * len(attentions)
-        weights, biases = [], []
-        for attn in attentions:
-            norm, weight = attn.norm_media, attn.to_kv.weight
-            weights.append(weight * norm.weight)
-            bias = torch.mv(weight, norm.bias.to(weight.dtype))
-            biases.append(bias if attn.to_kv.bias is None else bias + attn.to_kv.bias)
-        norm = attentions[0].norm_media
-        xhat = layer_norm(x, None, None, eps=norm.eps, impl=norm.impl)
-        projected = F.linear(xhat, torch.cat(weights), torch.cat(biases))
-        return list(projected.chunk(len(attentions), -1))
+        xhat = attentions[0].norm_media.without_parameters(x)
+        folded = [fold_norm(attn.norm_media, attn.to_kv) for attn in attentions]
+        if not merge:
+            return [F.linear(xhat, weight, bias) for weight, bias in folded]
+        weights, biases = zip(*folded, strict=True)
+        bias = None if biases[0] is None else torch.cat(biases)
+        return list(F.linear(xhat, torch.cat(weights), bias).chunk(len(attentions), -1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_latents={len(self.latents)}"

@@ -43,8 +43,9 @@ def _activate(hidden: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
 def _activation_backward(
     hidden: torch.Tensor, dout: torch.Tensor, activation: str, impl: str
 ) -> torch.Tensor:
+    """The memory of `dout`, the largest tensor of a feed-forward, may be that of the result."""
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(dout, hidden)
+        return torch.ops.aten.gelu_backward.grad_input(dout, hidden, grad_input=dout)
     return squared_relu_backward_op(hidden, dout, impl)
 
 
