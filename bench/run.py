@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from flamingo_fast.bench import records
 from flamingo_fast.bench.ceilings import Ceilings, measure_ceilings
@@ -210,7 +211,7 @@ def saved_bytes(case: Case, function: Callable[..., Any] | Rearranged) -> int:
     call, inputs = case.forward(function)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call()
-    for value in inputs:
+    for value in pytree.tree_leaves(inputs):
         if isinstance(value, torch.Tensor):
             kept.pop(value.untyped_storage().data_ptr(), None)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -5,6 +5,7 @@ import gc
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ _LONG_S = 10.0
 _FLUSH_BYTES = 512 * 2**20
 # No GPU that PyTorch supports runs faster: so many cycles last at least a second.
 _HIGHEST_CLOCK_HZ = 3e9
+_LONGEST_IDLE_S = 0.05
 
 Sampler = Callable[[Callable[[], object]], float]
 
@@ -66,7 +68,7 @@ def device_clock(device: torch.device) -> Sampler:
         return wall_clock(device)
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     # What starting a call took when it took longest.
-    starting: dict[Callable[[], object], float] = {}
+    starting: weakref.WeakKeyDictionary[Callable[[], object], float] = weakref.WeakKeyDictionary()
 
     def attempt(call: Callable[[], object], idle_s: float) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -87,9 +89,12 @@ def device_clock(device: torch.device) -> Sampler:
             attempt(call, 0.0)
             starting.pop(call)  # It has loaded kernels.
             attempt(call, 0.0)
-        idle_s = 1.5 * starting[call]
+        # A call that waits for the GPU waits for the idling, too: that must end somewhere.
+        idle_s = min(1.5 * starting[call], _LONGEST_IDLE_S)
         seconds = attempt(call, idle_s)
-        return seconds if starting[call] < idle_s else attempt(call, 1.5 * starting[call])
+        if starting[call] < idle_s or idle_s == _LONGEST_IDLE_S:
+            return seconds
+        return attempt(call, min(1.5 * starting[call], _LONGEST_IDLE_S))
 
     return sample
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from flamingo_fast.schedule import one_medium_schedule, several_media_rows
+from flamingo_fast.watchers import is_watched
 
 ATTEND = ("previous", "next", "all_previous")
 
@@ -469,12 +470,21 @@ class MediaLayout:
             unattended: of tokens that attend to nothing, those past the last medium aside.
             past_last: of these.
         """
+        made_of = (self.media_start, self.media_end, self.cu_media)
+        is_cuda = self.media_start.is_cuda
         may_keep = not (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()  # Tracers' tensors end with the trace.
-            or (self.media_start.is_cuda and torch.cuda.is_current_stream_capturing())
+            is_watched()  # Tracers' tensors end with the trace.
+            or any(tensor.is_inference() for tensor in made_of)  # Their changes are not counted.
+            or (is_cuda and torch.cuda.is_current_stream_capturing())
         )
-        kept = self.__dict__.setdefault("_uniform_rows", {}) if may_keep else {}
+        kept: dict[Any, torch.Tensor | None] = {}
+        if may_keep:
+            state: list[Any] = [tensor._version for tensor in made_of]
+            state.append(torch.cuda.current_stream(self.device) if is_cuda else None)
+            found = self.__dict__.get("_uniform_rows")
+            if found is None or found[0] != state:
+                found = self.__dict__["_uniform_rows"] = state, kept
+            kept = found[1]
         if (unattended, past_last) not in kept:
             with _no_inference_tensors():
                 after = self.past_last()
@@ -486,6 +496,9 @@ class MediaLayout:
                 is_needed = not values_are_at_hand(rows) or bool(rows.any())
             kept[unattended, past_last] = rows if is_needed else None
         return kept[unattended, past_last]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_uniform_rows"}
 
     def to_mask(self) -> torch.Tensor:
         """(B, L, max_media) bool: which media of its sample each token attends to."""

@@ -142,8 +142,8 @@ def start(
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
         return
     compiled = kernel[grid](*args, **constexprs, **options)
-    # Triton's interpreter has none.
-    if compiled is not None:
+    # Triton's interpreter has none, and what compiles in the background can't be started yet.
+    if hasattr(compiled, "__getitem__"):
         if len(_started) >= _MOST_STARTED:
             _started.clear()
         constants = tuple(constexprs[name] for name in kernel.arg_names[len(args) :])

@@ -898,6 +898,18 @@ def test_saved_memory_is_what_is_kept_beside_the_inputs() -> None:
     assert bench_run.saved_bytes(case, case.benchmark.ours) == 0
 
 
+def test_a_layout_is_an_input() -> None:
+    benchmark = plan.BENCHMARKS["masked_cross_attention"]
+    case = registry.Case(benchmark, benchmark.tiny_shape, "fp32", CPU)
+
+    def keeps_the_layout(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: MediaLayout
+    ) -> torch.Tensor:
+        return q * layout.media_end[:, :, None, None]
+
+    assert bench_run.saved_bytes(case, keeps_the_layout) == 0
+
+
 GROWING = (ATTENTION.name, several_media.SPARSE)
 
 

@@ -605,3 +605,15 @@ def test_uniform_rows_are_kept_for_the_next_layer_and_never_inside_a_mode():
     assert rows is not inside and rows.tolist() == [[False, False, True, True]]
     assert layout.uniform_rows(False, True) is rows
     assert layout.uniform_rows(True, False) is None
+
+
+def test_uniform_rows_follow_changes_of_the_layout_and_are_not_pickled():
+    one, other = torch.zeros(2, 1, 4, dtype=torch.bool)
+    one[0, [0, 2]], other[0, [0, 3]] = True, True
+    layout, changed = (MediaLayout.from_media_locations(x, 1) for x in (one, other))
+    fresh = len(pickle.dumps(layout))
+    assert layout.uniform_rows(False, True).tolist() == [[False, False, True, True]]
+    assert len(pickle.dumps(layout)) == fresh
+    for target, source in zip(pytree.tree_leaves(layout), pytree.tree_leaves(changed), strict=True):
+        target.copy_(source)
+    assert layout.uniform_rows(False, True).tolist() == [[False, False, False, True]]

@@ -7,6 +7,8 @@ import torch
 import torch._inductor.config
 from op_cases import OPS, Case, Op, check
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 import flamingo_fast as ff
@@ -286,6 +288,54 @@ def test_double_backward_raises(op, impl):
     (dx,) = torch.autograd.grad(first.square().sum(), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+class _Names(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.cpu
+@every_impl
+@every_op
+def test_modes_and_profilers_see_the_op_and_change_nothing(op, impl):
+    case = Case((5, 32), torch.bfloat16)
+    expected = _run(op, case, impl)
+    function = functools.partial(op.ours, impl=impl)
+    inputs, douts = case.inputs(op), case.output_gradients(op)
+    mode = _Names()
+    with profile() as profiler, mode:
+        out = function(*inputs.values())
+    assert any("flamingo_fast" in name for name in mode.names)
+    assert any("flamingo_fast::" in event.key for event in profiler.key_averages())
+    outs = out if isinstance(out, tuple) else (out,)
+    with torch.device("meta"):
+        again = function(*inputs.values())
+        again = again if isinstance(again, tuple) else (again,)
+        leaves = [x for x in inputs.values() if x is not None]
+        gradients = torch.autograd.grad(again, leaves, list(douts))
+    for name, got in zip(op.outputs, outs, strict=True):
+        assert torch.equal(got, expected[name])
+    for name, got in zip(op.outputs, again, strict=True):
+        assert torch.equal(got, expected[name])
+    for name, got in zip(op.inputs, gradients, strict=True):
+        assert torch.equal(got, expected[f"d{name}"])
+
+
+@pytest.mark.cpu
+@every_impl
+def test_batches_of_gradients(impl):
+    """Of the older vmap, whose tensors say of themselves that they are plain."""
+    x = torch.randn(4, 6, requires_grad=True)
+    out = ff.squared_relu(x, impl=impl)
+    douts = torch.randn(3, 4, 6)
+    (found,) = torch.autograd.grad(out, x, douts, is_grads_batched=True)
+    torch.testing.assert_close(found, 2 * x.detach().relu() * douts)
 
 
 @every_op

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from flamingo_fast.ops.attention_gradients import unbind_kv
 
@@ -38,6 +39,31 @@ def test_any_other_gradients(kind):
     (found,) = torch.autograd.grad(outs, both, gradients)
     expected = torch.stack([torch.zeros_like(dv) if kind == "one_alone" else dk, dv], -3)
     assert torch.equal(found, expected)
+
+
+def test_second_derivatives():
+    both = _both()
+
+    def of_halves(projected):
+        k, v = unbind_kv(projected)
+        return (k.sin() * v.exp()).sum()
+
+    def of_indices(projected):
+        return (projected[..., 0, :, :].sin() * projected[..., 1, :, :].exp()).sum()
+
+    found, expected = (
+        torch.autograd.functional.hvp(function, both, torch.ones_like(both))[1]
+        for function in (of_halves, of_indices)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_forward_mode_derivatives():
+    both, tangent = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    with forward_ad.dual_level():
+        k, v = unbind_kv(forward_ad.make_dual(both, tangent))
+        found = torch.stack([forward_ad.unpack_dual(x).tangent for x in (k, v)], -3)
+    assert torch.equal(found, tangent)
 
 
 def test_what_wants_no_gradient():

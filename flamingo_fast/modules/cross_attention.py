@@ -4,6 +4,7 @@ B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, Hkv 
 head dim.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from flamingo_fast.ops.masked_cross_attention import (
     UNATTENDED,
     masked_cross_attention,
 )
+from flamingo_fast.watchers import is_watched
 
 MediaKV = tuple[torch.Tensor, torch.Tensor]
 
@@ -204,7 +206,7 @@ class MaskedCrossAttention(nn.Module):
                     f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
                 )
         return _layout_of(
-            media_locations, num_media, seqlen if use_cached_media else None, self.attend
+            self, media_locations, num_media, seqlen if use_cached_media else None, self.attend
         )
 
     def extra_repr(self) -> str:
@@ -215,13 +217,28 @@ class MaskedCrossAttention(nn.Module):
         )
 
 
-# The last layout on a GPU, and what it was made of: all layers of a model are given the same
-# locations, and a layout is a hundred small kernels.
-_last_layout: tuple[weakref.ref[torch.Tensor], tuple[Any, ...], MediaLayout] | None = None
+@dataclasses.dataclass
+class _LastLayout:
+    """The last layout on a GPU, what it was made of, and the modules that had it.
+
+    All layers of a model are given the same locations, and a layout is a hundred small kernels.
+    """
+
+    media_locations: weakref.ref[torch.Tensor]
+    key: tuple[Any, ...]
+    layout: MediaLayout
+    users: weakref.WeakSet[nn.Module]
+
+
+_last_layout: _LastLayout | None = None
 
 
 def _layout_of(
-    media_locations: torch.Tensor, num_media: int, seqlen_after: int | None, attend: str
+    user: nn.Module,
+    media_locations: torch.Tensor,
+    num_media: int,
+    seqlen_after: int | None,
+    attend: str,
 ) -> MediaLayout:
     """Of the text with the media or, with `seqlen_after`, of so many tokens after it."""
     global _last_layout
@@ -234,7 +251,7 @@ def _layout_of(
     # Changes of a CPU's memory may come from NumPy and of an inference tensor are not counted; and
     # a graph must make its own, of what its locations will hold then.
     if (
-        torch.compiler.is_compiling()
+        is_watched()
         or not media_locations.is_cuda
         or media_locations.is_inference()
         or torch.cuda.is_current_stream_capturing()
@@ -243,11 +260,15 @@ def _layout_of(
     stream = torch.cuda.current_stream(media_locations.device)
     key = (media_locations._version, num_media, seqlen_after, attend, stream)
     last = _last_layout
-    if last is not None and last[0]() is media_locations and last[1] == key:
-        return last[2]
-    layout = make()
-    _last_layout = weakref.ref(media_locations), key, layout
-    return layout
+    if last is None or last.media_locations() is not media_locations or last.key != key:
+        last = None
+    # A module that asks again is in another pass over the layers. Not all that writes to memory in
+    # between is counted as a version: collectives, replayed graphs and `.data` aren't.
+    if last is None or user in last.users:
+        last = _LastLayout(weakref.ref(media_locations), key, make(), weakref.WeakSet())
+        _last_layout = last
+    last.users.add(user)
+    return last.layout
 
 
 def project_media_kv(

@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from flamingo_fast.watchers import is_differentiated_otherwise
 
 
 def input_precision() -> str:
@@ -51,11 +52,8 @@ def unbind_kv(projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     PyTorch's `unbind` would copy both into a new tensor.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not (torch.is_grad_enabled() and projected.requires_grad)
-        or torch._C._are_functorch_transforms_active()
-    ):
+    wants_grad = torch.is_grad_enabled() and projected.requires_grad
+    if not wants_grad or is_differentiated_otherwise():
         k, v = projected.unbind(-3)
         return k, v
     return _UnbindKVFn.apply(projected)
@@ -68,7 +66,6 @@ class _UnbindKVFn(torch.autograd.Function):
         return projected.unbind(-3)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dk: torch.Tensor, dv: torch.Tensor) -> torch.Tensor:
         strides, stride = [], 1
         for size in reversed(ctx.shape):
@@ -76,8 +73,8 @@ class _UnbindKVFn(torch.autograd.Function):
             stride *= size
         strides.reverse()
         are_halves = (
-            type(dk) is torch.Tensor
-            and type(dv) is torch.Tensor
+            not torch.is_grad_enabled()  # `as_strided` would have no second derivative.
+            and all(type(x) is torch.Tensor and torch._C._has_storage(x) for x in (dk, dv))
             and dk.stride() == dv.stride() == (*strides[:-3], *strides[-2:])
             and dv.storage_offset() - dk.storage_offset() == strides[-3]
             and dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flamingo_fast.watchers import is_differentiated_otherwise, is_watched
+
 IMPLS = ("auto", "triton", "torch", "reference")
 # Kernels of other libraries, one sequence of keys a medium.
 VARLEN_IMPLS = ("varlen", "flash_attn", "xformers")
@@ -105,7 +107,7 @@ def register_op(
 ) -> Callable[..., Any]:
     """Registers torch.ops.flamingo_fast.<name> and returns a function that calls it.
 
-    Tracers and dispatch modes see the op. On plain tensors in eager mode the function calls the
+    Tracers, modes and profilers see the op. On plain tensors in eager mode the function calls the
     implementation itself: PyTorch's way to it and back costs a GPU's caller more than the launch.
     No autograd formula is registered: an autograd.Function around the op costs a third of
     what `register_autograd` adds to a call.
@@ -117,7 +119,7 @@ def register_op(
     overload = getattr(torch.ops.flamingo_fast, name).default
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_eager(arguments):
+        if is_watched() or not _are_plain(arguments):
             return overload(*arguments)
         return implementation(*arguments)
 
@@ -127,12 +129,12 @@ def register_op(
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _is_eager(arguments: tuple[Any, ...]) -> bool:
-    """Whether nothing but the implementation wants to see a call: no subclass, no mode."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return False
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether all tensors are PyTorch's own, with memory: not those of vmap, for one."""
     for each in arguments:
-        if isinstance(each, torch.Tensor) and (type(each) not in _PLAIN or each.is_meta):
+        if isinstance(each, torch.Tensor) and (
+            type(each) not in _PLAIN or each.is_meta or not torch._C._has_storage(each)
+        ):
             return False
     return True
 
@@ -155,12 +157,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     wants_grad = torch.is_grad_enabled() and any(
         isinstance(each, torch.Tensor) and each.requires_grad for each in arguments
     )
-    if (
-        wants_grad
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if wants_grad or is_differentiated_otherwise():
         return function.apply(*arguments)
     return function.forward(_NoContext(arguments), *arguments)
 

@@ -360,7 +360,7 @@ def layer_norm(
         return reference.layer_norm(x, weight, bias, eps, _normed_dtype(x))
     if impl == "torch" and _is_best_in_torch(x, weight, bias):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return apply(_NormFn, x, weight, bias, eps, False, _normed_dtype(x), impl)
+    return apply(_NormFn, x, weight, bias, float(eps), False, _normed_dtype(x), impl)
 
 
 def rms_norm(
@@ -375,7 +375,7 @@ def rms_norm(
     impl = _check_norm(x, weight, bias, eps, impl)
     if impl == "reference":
         return reference.rms_norm(x, weight, bias, eps, _normed_dtype(x))
-    return apply(_NormFn, x, weight, bias, eps, True, _normed_dtype(x), impl)
+    return apply(_NormFn, x, weight, bias, float(eps), True, _normed_dtype(x), impl)
 
 
 def gated_residual_norm(
@@ -415,6 +415,5 @@ def gated_residual_norm(
     check_parameter("gate", gate, x, [(1,), (x.shape[-1],)])
     if impl == "reference":
         return reference.gated_residual_norm(x, y, gate, weight, bias, eps, norm, _normed_dtype(x))
-    return apply(
-        _GatedResidualNormFn, x, y, gate, weight, bias, eps, norm == "rms", _normed_dtype(x), impl
-    )
+    rms, dtype = norm == "rms", _normed_dtype(x)
+    return apply(_GatedResidualNormFn, x, y, gate, weight, bias, float(eps), rms, dtype, impl)
