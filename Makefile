@@ -1,10 +1,11 @@
 # make test, make bench: on a fresh clone they create .venv, install what they need and run.
-# make test TORCH=torch==2.14.1: with another PyTorch, installed over the one in .venv.
+# make test TORCH='torch==2.13.0 torchvision==0.28.0': with others, installed over those in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
-# Installed only where PyTorch brings no Triton of its own; its CPU builds don't.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+# The goldens' (kernels/goldens), in place of the one that PyTorch brings. It only compiles here, or
+# interprets. `TRITON=` leaves PyTorch's.
 TRITON ?= triton==3.9.0
 # What we compare with, without what they require: an old PyTorch, which would replace ours. Of
 # xformers only the masks work on a CPU; they are an oracle of the tests.
@@ -49,7 +50,8 @@ GPU_TEST_ARGS ?=
 GPU_BENCH_ARGS ?=
 ON_GPU := TEST_DEVICE=cuda PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m
 GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu tanh norm gated_residual feed_forward \
-  latent_attention latent_kernels masked_cross_attention several_media gated_blocks resampler))
+  latent_attention latent_kernels masked_cross_attention several_media gated_blocks resampler \
+  op_contract unbind_kv))
 GPU_OPS := latent_attention masked_cross_attention gated_residual_layer_norm PerceiverResampler \
   GatedCrossAttentionBlock MaskedCrossAttention GatedCrossAttentionBlock_decode \
   masked_cross_attention_mllama masked_cross_attention_all_previous
@@ -75,11 +77,9 @@ $(STAMP): pyproject.toml setup.py
 	@set -e; start=$$(date +%s); echo "install: $(TORCH) and the dev extra into $(VENV) ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(PIP) install --no-warn-conflicts 'pip>=22.3' $(TORCH); \
-	if [ -n "$(TRITON)" ] && [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'from importlib import metadata; \
-	  raise SystemExit(not any(r.startswith("triton") for r in metadata.requires("torch")))'; \
-	then $(PIP) install $(TRITON); fi; \
-	$(PIP) install -e '.[dev]'; \
+	$(PIP) install -e '.[dev]' $(TORCH); \
 	$(PIP) install --no-deps $(PEERS); \
+	if [ -n "$(TRITON)" ] && [ "$$(uname -s)" = Linux ]; then $(PIP) install --no-deps $(TRITON); fi; \
 	rm -f $(VENV)/.installed-*; touch $@; \
 	echo "install: $$(( $$(date +%s) - start )) s"
 

@@ -9,13 +9,16 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 import flamingo_fast
 from flamingo_fast.ops.dispatch import BackendUnavailableError
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     help="Fused kernels, modules and benchmarks for Flamingo.",
@@ -30,6 +33,15 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(flamingo_fast.__version__)
         raise typer.Exit
+
+
+def _check_writable(option: str, file: Path | None) -> None:
+    """Before any work whose results would go there."""
+    if file is not None and not file.exists():
+        try:
+            tempfile.TemporaryFile(dir=file.parent).close()
+        except OSError as error:
+            raise typer.BadParameter(f"{option}: can't write {file}: {error}") from error
 
 
 @app.callback()
@@ -89,11 +101,7 @@ def kernels(
 
     Exits with 1 if a kernel spills, needs too much shared memory or is worse than its golden.
     """
-    if json_file is not None and not json_file.exists():
-        try:
-            tempfile.TemporaryFile(dir=json_file.parent).close()
-        except OSError as error:
-            raise typer.BadParameter(f"json: can't write {json_file}: {error}") from error
+    _check_writable("json", json_file)
 
     from rich.progress import track
 
@@ -123,6 +131,21 @@ def kernels(
         raise typer.Exit(1)
 
 
+def _bench_model(preset: str, dtype: str, device: "torch.device") -> None:
+    from flamingo_fast.bench import records, whole_model
+    from flamingo_fast.bench.registry import DTYPES
+    from flamingo_fast.models.config import ConfigError
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    records.set_threads()
+    try:
+        steps = whole_model.run(preset, DTYPES[dtype], device)
+    except (ConfigError, ImportError) as error:
+        raise typer.BadParameter(f"model: {error}") from error
+    Console().print(whole_model.render(preset, DTYPES[dtype], steps))
+
+
 @app.command()
 def bench(
     op: Annotated[list[str] | None, typer.Option(help="Op; may be repeated. Default: all.")] = None,
@@ -148,6 +171,13 @@ def bench(
         bool,
         typer.Option("--growth", help="Attention's time and memory with more and more images."),
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: build this preset with random weights, run it and generate 8 tokens; "
+            "in bf16, or the first --dtype."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -165,6 +195,10 @@ def bench(
 
     from flamingo_fast.bench import plan, records, report, run
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model is not None:
+        _bench_model(model, (dtype or ["bf16"])[0], device)
+        return
     out = out or records.DEFAULT_OUT
     try:
         chosen = plan.make_plan(
@@ -180,7 +214,6 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     records.set_threads()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Console(stderr=True).status("") as status:
         results = run.run(chosen, device, status.update)
     report.show(results)
@@ -188,6 +221,133 @@ def bench(
         typer.echo(path)
     if results.failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def params(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as flamingo-3b; may be repeated. Default: all presets."),
+    ] = None,
+    table3: Annotated[
+        bool, typer.Option("--table3", help="The rows of the paper's table 3 in place of presets.")
+    ] = False,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv", dir_okay=False, writable=True, help="Write the counts to this file, too."
+        ),
+    ] = None,
+) -> None:
+    """Count a model's parameters, part by part, beside what the paper prints.
+
+    No weights are made, so the largest takes seconds. Footnotes say where counts print otherwise.
+    """
+    if preset and table3:
+        raise typer.BadParameter("table3: these are other models than those of --preset")
+    _check_writable("csv", csv_file)
+
+    from flamingo_fast.models.config import ConfigError
+    from flamingo_fast.models.params import preset_rows, render, table3_rows, write_csv
+    from flamingo_fast.models.presets import PRESETS
+
+    try:
+        rows = table3_rows() if table3 else preset_rows(preset or PRESETS)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    if csv_file is not None:
+        write_csv(rows, csv_file)
+    # A log file would fold the table to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(render(rows))
+
+
+@app.command()
+def table3(
+    csv_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv", dir_okay=False, writable=True, help="Write the numbers to this file, too."
+        ),
+    ] = None,
+) -> None:
+    """Predict the step times of the rows of the paper's table 3, beside the printed ones.
+
+    From each model's operations and trainable parameters: nothing is trained, no weights are made.
+    """
+    _check_writable("csv", csv_file)
+
+    from flamingo_fast.bench.table3 import predict, render, write_csv
+
+    with Console(stderr=True).status("Counting"):
+        predictions = predict()
+    if csv_file is not None:
+        write_csv(predictions, csv_file)
+    # A log file would fold the table to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(render(predictions))
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of save_pretrained, with a tokenizer."
+        ),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Text, with the model's image token (such as <image>) where images are; without "
+            "any they come first."
+        ),
+    ],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image's file; may be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens.")] = 32,
+    beams: Annotated[int, typer.Option(min=1, help="Of beam search; 1: greedy.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1. Default: a GPU if there is one.")
+    ] = None,
+) -> None:
+    """Print how a model goes on after a prompt of text and images."""
+    import torch
+
+    from flamingo_fast.models.folder import processor_of, prompt_parts
+    from flamingo_fast.models.generation import generate as generate_tokens
+    from flamingo_fast.models.saving import from_pretrained
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"device: can't use {device}: {reason}") from error
+    try:
+        config, processor = processor_of(model)
+        parts = prompt_parts(prompt, image or [], processor.image_token)
+        batch = processor([parts], padding_side="left").to(device)
+        flamingo = from_pretrained(model, device=device, config=config)
+        if (largest := int(batch.input_ids.max())) >= flamingo.num_tokens:
+            raise ValueError(
+                f"{model}: expected a tokenizer of the model's {flamingo.num_tokens} tokens, got "
+                f"token {largest} of the prompt"
+            )
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    output = generate_tokens(
+        flamingo,
+        batch.input_ids,
+        videos=batch.media,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        return_cache=False,
+    )
+    typer.echo(processor.decode(output.sequences[0]))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from flamingo_fast.ops.dispatch import why_not_triton
 
 Status = Literal["usable", "unavailable", "broken"]
 
-_VERSIONED = ("torch", "triton", "numpy")
+_VERSIONED = ("triton", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {
         "flamingo_fast": flamingo_fast.__version__,
         "python": platform.python_version(),
+        # With the kind of build, which the metadata may leave out.
+        "torch": str(torch.__version__),
     }
     return versions | {package: _version(package) for package in _VERSIONED}
 

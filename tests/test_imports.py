@@ -13,7 +13,7 @@ PACKAGE = ROOT / "flamingo_fast"
 # Lowest first; a module imports its own layer and those before it. `flamingo_fast` is the package's
 # __init__.py, which offers what the layers before it have.
 LAYERS = (
-    {"reference", "schedule", "layout", "nvtx"},
+    {"reference", "schedule", "layout", "nvtx", "watchers"},
     {"kernels"},
     {"ops"},
     {"modules"},
@@ -25,7 +25,8 @@ LAYERS = (
 )
 
 EXTRAS = (
-    *("timm", "transformers", "safetensors", "matplotlib", "pytest", "pytest_benchmark"),
+    *("timm", "torchvision", "transformers", "safetensors", "tokenizers", "PIL", "av"),
+    *("matplotlib", "pytest", "pytest_benchmark"),
     *("nvtx", "flash_attn", "xformers", "liger_kernel", "einops", "einops_exts"),
 )
 
@@ -132,5 +133,6 @@ def test_reference_imports_torch_only(name: str) -> None:
     }
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     # What MediaLayout.plot imports when it is called.
-    imports -= {"flamingo_fast.layout", "flamingo_fast.schedule", "matplotlib"}
+    imports -= {"flamingo_fast.layout", "flamingo_fast.schedule", "flamingo_fast.watchers"}
+    imports -= {"matplotlib"}
     assert {name.partition(".")[0] for name in imports} - set(sys.stdlib_module_names) == {"torch"}

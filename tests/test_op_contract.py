@@ -257,7 +257,7 @@ def test_autocast(op, impl):
     """Inside autocast the residual keeps its dtype, normed has autocast's, and values stay."""
     case = Case((6, 48), y_dtype=torch.bfloat16)
     plain = _run(op, case, impl)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         outputs = _run(op, case, impl)
     for name, expected in plain.items():
         if name == "normed":

@@ -1,14 +1,18 @@
-"""FlamingoConfig: all that a Flamingo model is made of, with a field for each thing table 3 ablates.
+"""FlamingoConfig: all that a Flamingo model is made of; each thing table 3 ablates is a field.
 
 "Table", "section" and "appendix" are Flamingo's (arXiv 2204.14198).
 """
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any
+
+from flamingo_fast.layout import ATTEND
+from flamingo_fast.ops.masked_cross_attention import PAST_LAST, UNATTENDED
 
 RESAMPLERS = ("perceiver", "mlp", "transformer")
 CONDITIONINGS = ("gated_xattn_dense", "vanilla_xattn", "grafting")
@@ -16,6 +20,8 @@ LANGUAGE_MODELS = ("chinchilla", "huggingface")
 OPTIMISATIONS = ("accumulation", "round_robin")
 SINGLE_IN_MIDDLE = "single_in_middle"
 DATASETS = ("m3w", "align", "ltip", "vtp", "laion")
+ACTIVATIONS = ("gelu", "squared_relu")
+NORMS = ("layer", "rms")
 
 
 class ConfigError(ValueError):
@@ -30,7 +36,7 @@ class VisionConfig:
         encoder: "nfnet_f6" (the paper's), "nfnet_f0", "clip_vit_l14", their small variants
             "nfnet_mini" and "vit_mini", or any of timm's models, by its name there.
         image_size: height and width of images, in pixels. The paper's are 320.
-        is_frozen: whether it gets no gradients (table 3's baseline); it stays in eval mode anyway.
+        is_frozen: whether it gets no gradients and stays in eval mode (table 3's baseline).
         is_pretrained: whether timm's weights are loaded, which needs a network or a cache.
     """
 
@@ -77,6 +83,10 @@ class ResamplerConfig:
         _one_of("resampler.kind", self.kind, RESAMPLERS)
         _at_least("resampler", self, 1, "dim", "heads", "dim_head", "num_latents")
         _at_least("resampler", self, 0, "depth")
+        _at_least("resampler", self, 1, "max_num_frames", "max_num_media")
+        _positive("resampler.ff_mult", self.ff_mult)
+        _one_of("resampler.activation", self.activation, ACTIVATIONS)
+        _one_of("resampler.norm", self.norm, NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +137,15 @@ class ConditioningConfig:
         else:
             _at_least("conditioning", self, 1, "every")
         _at_least("conditioning", self, 0, "first")
-        _at_least("conditioning", self, 1, "num_layers", "heads", "dim_head")
+        _at_least("conditioning", self, 1, "num_layers", "heads", "dim_head", "dim_media")
+        _positive("conditioning.ff_mult", self.ff_mult)
+        _one_of("conditioning.activation", self.activation, ACTIVATIONS)
+        _one_of("conditioning.norm", self.norm, NORMS)
+        _one_of("conditioning.attend", self.attend, ATTEND)
+        if self.unattended is not None:
+            _one_of("conditioning.unattended", self.unattended, (*UNATTENDED, "zero_block"))
+        if self.past_last is not None:
+            _one_of("conditioning.past_last", self.past_last, PAST_LAST)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Which of a language model's `depth` layers have a block; of grafting none.
@@ -178,6 +196,7 @@ class LanguageModelConfig:
         _check_fields(self, "lm")
         _one_of("lm.kind", self.kind, LANGUAGE_MODELS)
         _at_least("lm", self, 1, "vocab_size", "dim", "depth", "heads", "dim_head")
+        _positive("lm.ff_mult", self.ff_mult)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +233,7 @@ class FlamingoConfig:
         _check_fields(self, "")
         _one_of("optimisation", self.optimisation, OPTIMISATIONS)
         _at_least("", self, 0, "image_token_id")
-        if self.eoc_token_id is not None:
-            _at_least("", self, 0, "eoc_token_id")
+        _at_least("", self, 0, "eoc_token_id")
         if self.eoc_token_id == self.image_token_id:
             raise ConfigError(
                 f"eoc_token_id: expected another token than image_token_id, got {self.eoc_token_id}"
@@ -228,6 +246,30 @@ class FlamingoConfig:
             raise ConfigError(
                 f"learnt_token_ids: expected different ids, got {self.learnt_token_ids}"
             )
+        if any(token_id < 0 for token_id in self.learnt_token_ids):
+            raise ConfigError(f"learnt_token_ids: expected at least 0, got {self.learnt_token_ids}")
+        if len(set(self.datasets)) != len(self.datasets):
+            raise ConfigError(f"datasets: expected different ones, got {self.datasets}")
+        dim_media = self.conditioning.dim_media
+        if dim_media is not None and dim_media < self.resampler.dim:
+            raise ConfigError(
+                f"conditioning.dim_media: expected at least resampler.dim = {self.resampler.dim}, "
+                f"got {dim_media}"
+            )
+        if self.lm.kind == "chinchilla":
+            self.conditioning.layers(self.lm.depth)
+
+    @classmethod
+    def preset(cls, name: str) -> "FlamingoConfig":
+        """One of `presets.PRESETS`, such as "flamingo-3b".
+
+        Raises:
+            ConfigError: there is none of this name; says which there are.
+        """
+        from flamingo_fast.models.presets import PRESETS
+
+        _one_of("preset", name, tuple(PRESETS))
+        return PRESETS[name]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -302,8 +344,13 @@ def _is_of(value: Any, hint: Any) -> bool:
 def _at_least(where: str, config: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{_path(where, name)}: expected at least {least}, got {value!r}")
+
+
+def _positive(path: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{path}: expected a finite number above 0, got {value!r}")
 
 
 def _one_of(path: str, value: str, known: tuple[str, ...]) -> None:

@@ -355,13 +355,19 @@ class VanillaCrossAttention(_GatedLayer):
         layout: MediaLayout | None = None,
         media_kv: MediaKV | None = None,
         return_media_kv: bool = False,
+        residual: torch.Tensor | None = None,
     ) -> Any:
-        """(B, L, dim) -> (B, L, dim); arguments, results and errors of `MaskedCrossAttention`."""
+        """(B, L, dim) -> (B, L, dim); arguments, results and errors of `MaskedCrossAttention`.
+
+        Arguments:
+            residual: what the gated attention is added to in place of x, of its shape.
+        """
         attended, media_kv, layout = self._attend(
             x, media, media_locations, use_cached_media, layout, media_kv, return_media_kv
         )
+        residual = x if residual is None else residual
         if self.attn_gate is None:
-            out = x + attended
+            out = residual + attended
         else:
-            out = gated_residual(x, attended, self.attn_gate, impl=self.impl)
-        return self._finish(x, out, media_kv, layout, return_media_kv)
+            out = gated_residual(residual, attended, self.attn_gate, impl=self.impl)
+        return self._finish(residual, out, media_kv, layout, return_media_kv)

@@ -139,7 +139,12 @@ class _Resampler(nn.Module):
         if max_num_media is not None:
             self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim))
 
-    def _embed(self, x: torch.Tensor, media_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self,
+        x: torch.Tensor,
+        media_seqlens: torch.Tensor | None,
+        places: torch.Tensor | None,
+    ) -> torch.Tensor:
         """(B, N, F * S, dim) of x; media_seqlens are only checked."""
         width = self.dim if self.media_proj is None else self.media_proj.in_features
         if x.dim() not in (3, 4, 5) or x.shape[-1] != width:
@@ -162,7 +167,9 @@ class _Resampler(nn.Module):
         if self.frame_embs is not None:
             x = x + self._frame_embs(num_frames)[:, None]
         x = x.flatten(2, 3)
-        if self.media_time_embs is not None:
+        if self.media_time_embs is not None and places is not None:
+            x = x + self.media_time_embs[places]
+        elif self.media_time_embs is not None:
             if num_media > self.media_time_embs.shape[0]:
                 raise ValueError(
                     f"x: expected at most max_num_media = {self.media_time_embs.shape[0]} media, "
@@ -223,9 +230,11 @@ class PerceiverResampler(_Resampler):
 
     Attributes:
         share_media_norm: whether the media are normed once for all layers; the parameters of a
-            layer's norm are multiplied into its projection to keys and values, a matrix. None: if
-            the media have at least as many features as it has rows. If the weights of any layer may
-            not be read (LoRA, quantised, sharded or hooked), each norms and projects itself.
+            layer's norm are multiplied into its projection to keys and values, a matrix. None: with
+            merged projections, and on a CPU if the media have at least as many features as it has
+            rows; on a GPU what becomes of the matrices' gradients takes longer than norms do. If
+            the weights of any layer may not be read (LoRA, quantised, sharded or hooked), each
+            norms and projects itself.
         merge_media_projections: whether, with it, they are projected to keys and values of all
             layers in one matrix product, where no gradient is wanted. None: not on a CPU, which it
             doesn't help.
@@ -284,7 +293,11 @@ class PerceiverResampler(_Resampler):
         self.merge_media_projections: bool | None = None
 
     def forward(
-        self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        media_seqlens: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Resamples.
 
@@ -292,6 +305,8 @@ class PerceiverResampler(_Resampler):
             x: (B, N, F, S, dim or dim_media), or (B, N, S, dim) of images, or (B, S, dim) of one.
             media_seqlens: (B, N) integers, the valid features of each medium among its F * S, the
                 first ones: of short videos and padded images.
+            places: (B, N) integers, which of the embeddings of media's places each has; by default
+                in their order.
 
         Returns:
             (B, N, R, dim).
@@ -299,7 +314,7 @@ class PerceiverResampler(_Resampler):
         Raises:
             TypeError, ValueError: a wrong argument, by name.
         """
-        x = self._embed(x, media_seqlens)
+        x = self._embed(x, media_seqlens, places)
         media_kv = self._project_media(x)
         # Of all media the first layer's latents are the same.
         latents = self.latents.expand(*(1,) * (x.dim() - 2), -1, -1)
@@ -320,7 +335,8 @@ class PerceiverResampler(_Resampler):
         merge = merge and not torch.is_grad_enabled()
         share = self.share_media_norm
         if share is None and attentions:
-            share = merge or x.shape[:-1].numel() >= attentions[0].to_kv.out_features
+            is_long = x.shape[:-1].numel() >= attentions[0].to_kv.out_features
+            share = merge or (is_long and x.device.type == "cpu")
         if not share or not _may_share_norm(attentions):
             return [None] * len(attentions)
         xhat = attentions[0].norm_media.without_parameters(x)
@@ -367,10 +383,14 @@ class MLPResampler(_Resampler):
         self.norm = make_norm(norm, dim, impl)
 
     def forward(
-        self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        media_seqlens: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, N, F, S, dim) -> (B, N, F * S, dim); of padding, any value: see `MediaLayout`."""
-        x = self._embed(x, media_seqlens)
+        x = self._embed(x, media_seqlens, places)
         for ff in self.layers:
             x = x + ff(x)
         return self.norm(x)
@@ -440,10 +460,14 @@ class TransformerResampler(_Resampler):
         self.norm = make_norm(norm, dim, op_impl(impl))
 
     def forward(
-        self, x: torch.Tensor, *, media_seqlens: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        media_seqlens: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, N, F, S, dim) -> (B, N, F * S, dim); no valid feature attends to padding."""
-        x = self._embed(x, media_seqlens)
+        x = self._embed(x, media_seqlens, places)
         outer = x.shape[:2]
         x = x.flatten(0, 1)
         mask = None

@@ -40,7 +40,7 @@ def of_one_projection(k: torch.Tensor, v: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     width = k.shape[2] * k.shape[3]
-    return (
+    return bool(
         k.stride() == v.stride()
         and k.stride()[1:] == (2 * width, k.shape[3], 1)
         and v.storage_offset() - k.storage_offset() == width

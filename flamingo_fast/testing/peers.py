@@ -1,17 +1,20 @@
 """The peers' own code, as they published it: a second oracle, and a baseline of the benchmarks.
 
-Of OpenFlamingo and flamingo-pytorch only the file with the attention classes is loaded, under its
-own module name: the package of open_flamingo imports a library of vision models and one of
-tokenizers. Of transformers, single modules with random weights, and the masks of its processors.
+Of OpenFlamingo and flamingo-pytorch only the files with the attention and model classes are loaded,
+under their own module names: the package of open_flamingo imports a library of vision models and
+one of tokenizers. Of transformers, single modules with random weights, and the masks of its
+processors.
 """
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,6 +31,65 @@ def open_flamingo() -> ModuleType:
         ImportError: it, or what it imports, is not installed; says how to install it.
     """
     return _load("open_flamingo.src.helpers", OPEN_FLAMINGO)
+
+
+def open_flamingo_model(
+    visual: torch.nn.Module,
+    lang_model: torch.nn.Module,
+    decoder_layers: str,
+    *,
+    vis_dim: int,
+    eoc_token_id: int,
+    media_token_id: int,
+    cross_attn_every_n_layers: int = 1,
+) -> torch.nn.Module:
+    """OpenFlamingo's whole model, by the code of its `src`, and what its factory trains.
+
+    Newer versions of transformers give some layers their arguments by position, which
+    OpenFlamingo's wrapper of them doesn't take: they get them by name.
+
+    Arguments:
+        visual: maps images (n, 3, H, W) to (pooled, tokens (n, S, vis_dim)).
+        lang_model: a causal language model of transformers, of the size that all token ids need.
+            It becomes the model's, and can't be used without it any more.
+        decoder_layers: where it has its layers, "model.layers" of Llama.
+
+    Raises:
+        ImportError: OpenFlamingo, or what it imports, is not installed; says how to install it.
+    """
+    # In the order of their imports of each other.
+    files = ("helpers", "utils", "flamingo_lm", "flamingo")
+    code = {name: _load(f"open_flamingo.src.{name}", OPEN_FLAMINGO) for name in files}
+    code["utils"].extend_instance(lang_model, code["flamingo_lm"].FlamingoLMMixin)
+    lang_encoder: Any = lang_model
+    lang_encoder.set_decoder_layers_attr_name(decoder_layers)
+    model = code["flamingo"].Flamingo(
+        SimpleNamespace(visual=visual),
+        lang_model,
+        eoc_token_id,
+        media_token_id,
+        vis_dim=vis_dim,
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
+    )
+    by_name = _by_name(code["flamingo_lm"].FlamingoLayer)
+    for layer in lang_encoder._get_decoder_layers():
+        layer.__class__ = by_name
+    model.requires_grad_(False)
+    model.perceiver.requires_grad_(True)
+    lang_encoder.gated_cross_attn_layers.requires_grad_(True)
+    lang_encoder.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+def _by_name(flamingo_layer: Any) -> type:
+    class ByName(flamingo_layer):
+        """Its own forward, with the arguments of the layer inside it by name."""
+
+        def forward(self, lang_x: torch.Tensor, *args: Any, **named: Any) -> Any:
+            parameters = list(inspect.signature(self.decoder_layer.forward).parameters)[1:]
+            return super().forward(lang_x, **dict(zip(parameters, args, strict=False)), **named)
+
+    return ByName
 
 
 def flamingo_pytorch() -> ModuleType:

@@ -1,0 +1,506 @@
+"""Flamingo: a vision encoder, a resampler, and a language model that sees what they make.
+
+B rows of text, L tokens, N media of a row, F frames of a medium, S features of a frame, R tokens of
+a medium.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flamingo_fast.layout import MediaLayout
+from flamingo_fast.models.cache import FlamingoCache
+from flamingo_fast.models.chinchilla import (
+    ChinchillaLayer,
+    ChinchillaLM,
+    TiedHead,
+    relative_context,
+)
+from flamingo_fast.models.conditioning import Conditioning, MediaContext, find_layers
+from flamingo_fast.models.config import ConfigError, FlamingoConfig
+from flamingo_fast.models.extras import require
+from flamingo_fast.models.generation import GenerateOutput, generate, score
+from flamingo_fast.models.media_inputs import (
+    Media,
+    cat_frames,
+    check_counts,
+    check_ids,
+    flat_media,
+)
+from flamingo_fast.models.parts import (
+    check_logits,
+    hidden_size,
+    made_with,
+    make_lang_model,
+    make_resampler,
+    stack_config,
+    vocab_size_of,
+)
+from flamingo_fast.models.tokens import LearntTokens
+from flamingo_fast.models.vision import VisionEncoder
+from flamingo_fast.modules.plain import is_plain
+from flamingo_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclasses.dataclass
+class FlamingoOutput:
+    """What a forward returns.
+
+    Attributes:
+        loss: scalar, fp32; where labels were given.
+        logits: (B, L or logits_to_keep, tokens); where no labels were given, or if asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class Flamingo(nn.Module):
+    """A Flamingo model (arXiv 2204.14198), each row of its table 3 by its config.
+
+    Arguments:
+        config: what it is made of.
+        lang_model: a causal language model of transformers in place of the one config.lm names. It
+            is changed in place: hooks on its layers. Its state-dict keys stay.
+        vision_encoder: in place of config.vision's: a `VisionEncoder`, see its `from_module`.
+        device, dtype: of what is made here; "meta" makes no memory.
+
+    Attributes:
+        vision_encoder, resampler, lang_model, conditioning: its parts; conditioning has the blocks.
+        tokens: embeddings that are learnt, `LearntTokens`; or None.
+
+    Raises:
+        ConfigError: parts that don't fit together, by the field's name.
+        ImportError: an extra that is not installed.
+    """
+
+    lang_model: Any
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        *,
+        lang_model: nn.Module | None = None,
+        vision_encoder: VisionEncoder | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if vision_encoder is None:
+            vision_encoder = VisionEncoder(config.vision, **factory)
+        if lang_model is None:
+            lang_model = make_lang_model(config.lm, **factory)
+        depth = len(find_layers(lang_model))
+        check_logits(lang_model)
+        dim = hidden_size(lang_model)
+        vocab_size = vocab_size_of(lang_model)
+        _check_token_ids(config, vocab_size)
+        dim_media = config.conditioning.dim_media or config.resampler.dim
+        with made_with(**factory):
+            self.vision_encoder = vision_encoder
+            self.resampler = make_resampler(config.resampler, vision_encoder.features)
+            self.conditioning = Conditioning(
+                config.conditioning,
+                dim,
+                depth,
+                dim_media,
+                functools.partial(
+                    ChinchillaLayer, stack_config(config.lm, config.conditioning, dim)
+                ),
+            )
+            self.lang_model = lang_model
+            self.tokens: LearntTokens | None = None
+            if config.learnt_token_ids:
+                embedding = self.lang_model.get_input_embeddings().weight
+                self.tokens = LearntTokens(
+                    config.learnt_token_ids, vocab_size, embedding.shape[1]
+                ).to(device=device, dtype=dtype)
+                self.tokens.init_from(embedding)
+        self.dim_media = dim_media
+        self.conditioning.attach(lang_model)
+        self._takes_positions = (
+            "position_ids" in inspect.signature(self._base_model.forward).parameters
+        )
+        if config.lm.is_frozen:
+            lang_model.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def _base_model(self) -> Any:
+        return self.lang_model.base_model
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids that there are logits of."""
+        return vocab_size_of(self.lang_model) if self.tokens is None else self.tokens.num_tokens
+
+    def train(self, mode: bool = True) -> "Flamingo":
+        """Frozen parts stay in eval mode: no dropout, no batch statistics."""
+        super().train(mode)
+        if self.config.lm.is_frozen:
+            self.lang_model.eval()
+        return self
+
+    def checkpoint(self, enable: bool = True) -> None:
+        """Activation checkpointing of each block, and of each of the language model's layers."""
+        self.conditioning.checkpoint_blocks = enable
+        lang_model = self.lang_model
+        if isinstance(lang_model, ChinchillaLM):
+            lang_model.model.checkpoint_layers = enable
+            lang_model.model.checkpoint_context_fn = self.conditioning.for_checkpoint
+        elif enable:
+            lang_model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self.conditioning.for_checkpoint}
+            )
+        else:
+            lang_model.gradient_checkpointing_disable()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        images: Media | None = None,
+        videos: Media | None = None,
+        attention_mask: torch.Tensor | None = None,
+        media_locations: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        num_media: Sequence[int] | None = None,
+        media: torch.Tensor | None = None,
+        cache: FlamingoCache | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> FlamingoOutput:
+        """Loss or logits of text with media.
+
+        Of a padded batch of media only those are encoded whose image tokens are there.
+
+        Arguments:
+            input_ids: (B, L) int64; an image token where each medium is.
+            images: (B, N, 3, H, W), the first of each row being its media and the others padding;
+                or (media_total, 3, H, W), row after row, with num_media; or a list of each row's.
+            videos: the same with frames, (B, N, F, 3, H, W) and so on; not beside images. In lists
+                their numbers of frames may differ.
+            attention_mask: (B, L), 1 at tokens and 0 at padding on either side; with a cache, of
+                these tokens alone.
+            media_locations: (B, L) bool, True at image tokens; by default where they are.
+            labels: (B, L) int64, input_ids or -100 where nothing is to be predicted. They are
+                shifted here.
+            num_media: media of each row, if known. Otherwise image tokens are counted, which on a
+                GPU waits for it.
+            media: in place of images or videos, what `encode` returned.
+            cache: of the text before, see `new_cache`; without gradients.
+            return_logits: by default where there are no labels.
+            logits_to_keep: logits of so many last tokens; 0: of all.
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name; more image tokens than media.
+        """
+        check_ids(input_ids, attention_mask, labels)
+        if attention_mask is not None and media_locations is None:
+            media_locations = (input_ids == self.config.image_token_id) & (attention_mask != 0)
+        elif media_locations is None:
+            media_locations = input_ids == self.config.image_token_id
+        if media_locations.shape != input_ids.shape or media_locations.dtype != torch.bool:
+            raise ValueError(
+                f"media_locations: expected bool of shape {tuple(input_ids.shape)}, got "
+                f"{media_locations.dtype} of {tuple(media_locations.shape)}"
+            )
+        encoded, counts, seqlens = self._media_of(images, videos, media, media_locations, num_media)
+        if cache is not None and attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        context = self._context(encoded, counts, seqlens, attention_mask, media_locations, cache)
+        with self.conditioning.of(context):
+            hidden = self._hidden(input_ids, attention_mask, cache)
+        output = FlamingoOutput()
+        if labels is not None:
+            output.loss = self._loss(hidden, labels)
+        if return_logits or (return_logits is None and labels is None):
+            output.logits = self.logits(hidden[:, -logits_to_keep:])
+        return output
+
+    def generate(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> GenerateOutput:
+        """New tokens: see `flamingo_fast.models.generation.generate`."""
+        return generate(self, input_ids, *args, **kwargs)
+
+    def score(
+        self, input_ids: torch.Tensor, options: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Log-likelihoods of options: see `flamingo_fast.models.generation.score`."""
+        return score(self, input_ids, options, *args, **kwargs)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Safetensors and config.json: see `flamingo_fast.models.saving.save_pretrained`."""
+        # That file makes models, so it imports this one.
+        from flamingo_fast.models.saving import save_pretrained
+
+        save_pretrained(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> "Flamingo":
+        """A saved model: see `flamingo_fast.models.saving.from_pretrained`."""
+        from flamingo_fast.models.saving import from_pretrained
+
+        return from_pretrained(folder, **options)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the language model's last hidden states, (B, L, dim) -> (B, L, num_tokens)."""
+        logits = self.lang_model.get_output_embeddings()(hidden)
+        return logits if self.tokens is None else self.tokens.extend(logits, hidden)
+
+    def encode(
+        self,
+        media: torch.Tensor | Sequence[torch.Tensor],
+        num_media: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens of media, which all blocks attend to.
+
+        Arguments:
+            media: (media_total, F, 3, H, W); or a list of (F, 3, H, W), of any F.
+            num_media: media of each row, which only learnt embeddings of their places need.
+
+        Returns:
+            (media_total, R, dim_media), and the valid tokens of each, (media_total,) int32, or None
+            if all are.
+        """
+        frames = [len(each) for each in media]
+        pixels = media.flatten(0, 1) if isinstance(media, torch.Tensor) else cat_frames(media)
+        if frames:
+            features = self.vision_encoder(pixels.to(_dtype_of(self.vision_encoder)))
+        else:
+            # Still through the resampler: on other ranks it may have something to do.
+            width = self.vision_encoder.features
+            features = pixels.new_zeros((0, 1, width), dtype=_dtype_of(self.vision_encoder))
+        features = features.to(_dtype_of(self.resampler))
+        places = _places(num_media, len(frames)) if self._has_places else None
+        if len(set(frames)) <= 1:
+            by_medium = features.unflatten(0, (len(frames), frames[0] if frames else 1))
+            tokens, seqlens = self._resample(by_medium, places), None
+        else:
+            tokens, seqlens = self._resample_groups(features.split(frames), frames, places)
+        repeats = -(-self.dim_media // tokens.shape[-1])
+        if repeats > 1 or tokens.shape[-1] > self.dim_media:
+            tokens = torch.cat([tokens] * repeats, -1)[..., : self.dim_media]
+        return tokens, seqlens
+
+    @property
+    def _has_places(self) -> bool:
+        return self.config.resampler.max_num_media is not None
+
+    def _resample(self, features: torch.Tensor, places: Sequence[int] | None) -> torch.Tensor:
+        """(n, F, S, width) -> (n, R, dim)."""
+        index = None
+        if places is not None:
+            index = torch.tensor(places, dtype=torch.int64, device=features.device)[:, None]
+        return self.resampler(features[:, None], places=index).flatten(0, 1)
+
+    def _resample_groups(
+        self,
+        features: Sequence[torch.Tensor],
+        frames: list[int],
+        places: Sequence[int] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of media of different F. Those of one F go together: embeddings of frames depend on F."""
+        out: dict[int, torch.Tensor] = {}
+        for number in sorted(set(frames)):
+            group = [index for index, each in enumerate(frames) if each == number]
+            of_group = None if places is None else [places[index] for index in group]
+            tokens = self._resample(torch.stack([features[index] for index in group]), of_group)
+            out |= dict(zip(group, tokens, strict=True))
+        by_medium = [out[index] for index in range(len(frames))]
+        lengths = [len(each) for each in by_medium]
+        seqlens = None
+        if len(set(lengths)) > 1:
+            seqlens = torch.tensor(lengths, dtype=torch.int32, device=by_medium[0].device)
+        return torch.nn.utils.rnn.pad_sequence(by_medium, batch_first=True), seqlens
+
+    def new_cache(self, batch: int, device: torch.device | None = None) -> FlamingoCache:
+        """An empty cache for `forward`, of `batch` rows."""
+        cache_class = require("transformers").DynamicCache
+        device = device or self.lang_model.get_input_embeddings().weight.device
+        with torch.no_grad():
+            none, _ = self.encode(torch.empty(0, 1, 3, 1, 1, device=device))
+            media_kv = self.conditioning.project(none)
+        return FlamingoCache(
+            lm=cache_class(),
+            graft=cache_class() if self.config.conditioning.kind == "grafting" else None,
+            attention_mask=torch.empty(batch, 0, dtype=torch.int64, device=device),
+            media_locations=torch.empty(batch, 0, dtype=torch.bool, device=device),
+            num_media=[0] * batch,
+            media_kv=media_kv,
+        )
+
+    @contextlib.contextmanager
+    def conditioned(
+        self,
+        input_ids: torch.Tensor,
+        images: Media | None = None,
+        videos: Media | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> Iterator[nn.Module]:
+        """Inside, the language model itself sees these media, its own `generate` too.
+
+        Its prompt must be input_ids, or each row of it several times in turn, as beams are; tokens
+        after it come one by one. Yields the language model.
+
+        Raises:
+            ConfigError: of grafting, which changes what comes after the language model.
+        """
+        if self.config.conditioning.kind == "grafting" or self.tokens is not None:
+            raise ConfigError(
+                "conditioned: expected a model that changes nothing but layers; grafting and "
+                "learnt_token_ids do: use Flamingo.generate"
+            )
+        with torch.no_grad():
+            cache = self.new_cache(input_ids.shape[0])
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            locations = (input_ids == self.config.image_token_id) & (mask != 0)
+            encoded, counts, seqlens = self._media_of(images, videos, None, locations, None)
+            cache.add_media(self.conditioning.project(encoded), counts, seqlens)
+            cache.add_tokens(mask, locations)
+            attend = self.config.conditioning.attend
+            context = MediaContext(
+                cache.layout(cache.seqlen, attend),
+                media_kv=cache.media_kv,
+                after=cache.layout_after(attend),
+            )
+            with self.conditioning.of(context):
+                yield self.lang_model
+
+    def _media_of(
+        self,
+        images: Media | None,
+        videos: Media | None,
+        media: torch.Tensor | None,
+        media_locations: torch.Tensor,
+        num_media: Sequence[int] | None,
+    ) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
+        """Encoded media, those of each row, and their valid tokens."""
+        given = {"images": images, "videos": videos, "media": media}
+        given = {name: each for name, each in given.items() if each is not None}
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: expected one of them")
+        name, values = next(iter(given.items()), ("images", None))
+        tokens = None
+        if media_locations.device.type == "cpu" or (num_media is None and values is not None):
+            tokens = media_locations.sum(1).tolist()
+        rows = media_locations.shape[0]
+        if values is None:
+            check_counts(name, tokens, [0] * rows)
+            pixels = torch.empty(0, 1, 3, 1, 1, device=media_locations.device)
+            encoded, _ = self.encode(pixels)
+            return encoded, [0] * rows, None
+        if num_media is not None and len(num_media) != rows:
+            raise ValueError(f"num_media: expected {rows} numbers, got {list(num_media)}")
+        flat, counts = flat_media(name, values, rows, tokens, num_media)
+        check_counts(name, tokens, counts)
+        if name == "media":
+            assert isinstance(flat, torch.Tensor)
+            return flat, counts, None
+        encoded, seqlens = self.encode(flat, counts)
+        return encoded, counts, seqlens
+
+    def _context(
+        self,
+        media: torch.Tensor,
+        counts: list[int],
+        seqlens: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        media_locations: torch.Tensor,
+        cache: FlamingoCache | None,
+    ) -> MediaContext:
+        attend = self.config.conditioning.attend
+        if cache is None:
+            layout = MediaLayout.from_media_locations(
+                media_locations, counts, attend, media_total=sum(counts), media_seqlens=seqlens
+            )
+            if torch.is_grad_enabled():
+                return MediaContext(layout, media=media)
+            return MediaContext(layout, media_kv=self.conditioning.project(media))
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "cache: expected no gradients (torch.no_grad): media are kept for good"
+            )
+        assert attention_mask is not None
+        cache.add_media(self.conditioning.project(media), counts, seqlens)
+        cache.add_tokens(attention_mask, media_locations)
+        return MediaContext(cache.layout(media_locations.shape[1], attend), media_kv=cache.media_kv)
+
+    def _hidden(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: FlamingoCache | None,
+    ) -> torch.Tensor:
+        """(B, L, dim): what the language model's head takes."""
+        mask = attention_mask if cache is None else cache.attention_mask
+        arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
+        if cache is not None:
+            arguments["past_key_values"] = cache.lm
+        if mask is not None and self._takes_positions:
+            positions = mask.cumsum(1).sub_(1).clamp_(min=0)
+            arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if self.tokens is None:
+            arguments["input_ids"] = input_ids
+        else:
+            embedding = self.lang_model.get_input_embeddings()
+            arguments["inputs_embeds"] = self.tokens.embed(input_ids, embedding)
+        hidden = self._base_model(**arguments).last_hidden_state
+        if self.config.conditioning.kind != "grafting":
+            return hidden
+        stack_cache = None if cache is None else cache.graft
+        context = relative_context(hidden, mask, stack_cache)
+        for index, layer in enumerate(self.conditioning.layers):
+            hidden = layer(hidden, context)
+            attended = self.conditioning.attend(index, hidden)
+            hidden = hidden if attended is None else attended
+        return hidden
+
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        head: Any = self.lang_model.get_output_embeddings()
+        if not isinstance(head, TiedHead) and not is_plain(head):
+            logits = self.logits(hidden).flatten(0, 1)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(wide), shifted.flatten())
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            head.bias,
+            shifted,
+            extra_weight=None if self.tokens is None else self.tokens.weight,
+            extra_ids=None if self.tokens is None else self.tokens.ids,
+        )
+
+
+def _places(num_media: Sequence[int] | None, media_total: int) -> list[int]:
+    """Each medium's place among those of its row."""
+    if num_media is None or sum(num_media) != media_total:
+        raise ValueError(
+            f"num_media: expected the numbers of {media_total} media, as their places have "
+            f"embeddings; got {num_media}"
+        )
+    return [place for count in num_media for place in range(count)]
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((each.dtype for each in module.parameters()), torch.get_default_dtype())
+
+
+def _check_token_ids(config: FlamingoConfig, vocab_size: int) -> None:
+    for name in ("image_token_id", "eoc_token_id"):
+        token = getattr(config, name)
+        if token is not None and token >= vocab_size and token not in config.learnt_token_ids:
+            raise ConfigError(
+                f"{name}: expected an id of the language model's {vocab_size} tokens or one of "
+                f"learnt_token_ids, got {token}"
+            )

@@ -1,0 +1,108 @@
+"""The parts of a model, made as a config says."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.models.chinchilla import ChinchillaLM
+from flamingo_fast.models.config import (
+    ConditioningConfig,
+    ConfigError,
+    LanguageModelConfig,
+    ResamplerConfig,
+)
+from flamingo_fast.models.extras import require
+from flamingo_fast.modules import MLPResampler, PerceiverResampler, TransformerResampler
+
+# What some language models do to logits after the last matrix product.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def make_resampler(config: ResamplerConfig, features: int) -> nn.Module:
+    """The resampler that the config says, of features so wide."""
+    options: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("dim", "depth", "ff_mult", "activation", "bias", "norm")
+    }
+    options |= {"max_num_frames": config.max_num_frames, "max_num_media": config.max_num_media}
+    options["dim_media"] = None
+    if config.project_features or features != config.dim:
+        options["dim_media"] = features
+    if config.kind == "mlp":
+        return MLPResampler(**options)
+    options |= {"heads": config.heads, "dim_head": config.dim_head}
+    if config.kind == "transformer":
+        return TransformerResampler(**options)
+    return PerceiverResampler(num_latents=config.num_latents, **options)
+
+
+def make_lang_model(
+    config: LanguageModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The language model that the config says.
+
+    Raises:
+        ConfigError: neither a name nor a config of a model of transformers.
+    """
+    if config.kind == "chinchilla":
+        return ChinchillaLM(config, device=device, dtype=dtype)
+    transformers = require("transformers")
+    if config.name is not None and config.is_pretrained:
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+        return model.to(device)
+    if config.hf_config is not None:
+        values = dict(config.hf_config)
+        hf_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    elif config.name is not None:
+        hf_config = transformers.AutoConfig.from_pretrained(config.name)
+    else:
+        raise ConfigError(
+            "lm.name, lm.hf_config: expected one of them where lm.kind is huggingface"
+        )
+    with made_with(device=device, dtype=dtype):
+        return transformers.AutoModelForCausalLM.from_config(hf_config)
+
+
+@contextlib.contextmanager
+def made_with(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, modules are made there and of that dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or default)
+    try:
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def stack_config(
+    config: LanguageModelConfig, conditioning: ConditioningConfig, dim: int
+) -> LanguageModelConfig:
+    """Of the layers that grafting adds: as those of the language model, where it is ours."""
+    if config.kind == "chinchilla":
+        return config
+    return LanguageModelConfig(dim=dim, heads=conditioning.heads, dim_head=conditioning.dim_head)
+
+
+def hidden_size(lang_model: Any) -> int:
+    config = lang_model.config
+    return config.dim if isinstance(config, LanguageModelConfig) else config.hidden_size
+
+
+def vocab_size_of(lang_model: Any) -> int:
+    return lang_model.get_input_embeddings().weight.shape[0]
+
+
+def check_logits(lang_model: Any) -> None:
+    for name in _LOGIT_CHANGES:
+        if getattr(lang_model.config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"lang_model: {type(lang_model).__name__} changes its logits by {name}, which "
+                "Flamingo doesn't; expected a model whose logits are a linear layer's"
+            )

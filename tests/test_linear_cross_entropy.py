@@ -1,0 +1,677 @@
+"""linear_cross_entropy: values, the gradients that are wanted, and never all logits in memory."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_contract import no_host_sync, peak_bytes, with_checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import flamingo_fast as ff
+from flamingo_fast.ops.linear_cross_entropy import linear_cross_entropy
+from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gradients
+from flamingo_fast.testing.inputs import random_tensor
+
+FP32, BF16 = torch.float32, torch.bfloat16
+ROWS, WIDTH, VOCAB = 45, 16, 50
+INPUTS = ("hidden", "weight", "bias", "extra_weight")
+EXTRA = {
+    "": (),
+    "replacing": (7, 0),
+    "extending": (VOCAB, VOCAB + 1),
+    "both": (VOCAB, 7, VOCAB + 1, VOCAB - 1),
+}
+# Of 45 rows, or of the 30 of them that count, no divisor: chunks of 7 at most.
+CHUNK_BYTES = 7 * 8 * VOCAB + 100
+every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+every_extra = pytest.mark.parametrize("extra_ids", EXTRA.values(), ids=EXTRA.keys())
+REDUCTIONS = ("mean", "sum", "none")
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def inputs_of(extra_ids=(), bias=True, dtype=FP32, frozen=(), rows=ROWS):
+    shapes = {
+        "hidden": (rows, WIDTH),
+        "weight": (VOCAB, WIDTH),
+        "bias": (VOCAB,) if bias else None,
+        "extra_weight": (len(extra_ids), WIDTH) if extra_ids else None,
+    }
+    return {
+        name: None
+        if shape is None
+        else random_tensor(shape, dtype, seed=seed, requires_grad=name not in frozen)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def labels_of(extra_ids=(), rows=ROWS):
+    """Each third is ignored, every id of extra_ids is there."""
+    generator = torch.Generator("cpu").manual_seed(5)
+    num_ids = max(VOCAB, *extra_ids, 0) + (max(extra_ids, default=0) >= VOCAB)
+    labels = torch.randint(num_ids, (rows,), generator=generator, device="cpu")
+    labels[::3] = -100
+    labels[1 : 1 + 3 * len(extra_ids) : 3] = torch.tensor(extra_ids, dtype=torch.int64)
+    return labels.to(torch.get_default_device())
+
+
+def ours(hidden, weight, bias, extra_weight, *, labels, extra_ids=(), **options):
+    return linear_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        labels,
+        extra_weight=extra_weight,
+        extra_ids=extra_ids or None,
+        **({"chunk_bytes": CHUNK_BYTES} | options),
+    )
+
+
+def plain(hidden, weight, bias, extra_weight, *, labels, extra_ids=(), **options):
+    """One weight of all ids."""
+    if extra_weight is not None:
+        extra_weight = extra_weight.to(weight.dtype)
+    row_of = {token: row for row, token in enumerate(extra_ids)}
+    num_ids = max(VOCAB, *(token + 1 for token in extra_ids), 0)
+    columns = []
+    logits = F.linear(hidden, weight, bias)
+    extra_logits = None if extra_weight is None else F.linear(hidden, extra_weight)
+    for token in range(num_ids):
+        row = row_of.get(token)
+        columns.append(logits[:, token] if row is None else extra_logits[:, row])
+    logits = torch.stack(columns, 1)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, FP32)), labels, **options)
+
+
+def run(function, inputs, reduction="mean", dtype=None, dloss=1.7, **options):
+    # Those of reduction="none" differ from row to row.
+    shape = inputs["hidden"].shape[:1] if reduction == "none" else ()
+    douts = dloss * (random_tensor(shape, torch.float64, seed=9) if shape else torch.ones(()))
+    function = functools.partial(function, reduction=reduction, **options)
+    return outputs_and_gradients(function, inputs, ("loss",), (douts,), dtype)
+
+
+def check(inputs, function=ours, **options):
+    """The three-way rule."""
+    found = run(function, inputs, **options)
+    for name in ("impl", "chunk_bytes"):
+        options.pop(name, None)
+    eager = run(plain, inputs, **options)
+    oracle = run(plain, inputs, dtype=torch.float64, **options)
+    assert_close_to_oracle(found, eager, oracle)
+    return found
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As on a GPU: no values are looked at, and ignored rows stay among the others."""
+    module = "flamingo_fast.ops.linear_cross_entropy"
+    monkeypatch.setattr(f"{module}.values_are_at_hand", lambda tensor: False)
+
+
+@every_reduction
+@every_extra
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@every_dtype
+def test_values_and_gradients(dtype, impl, bias, extra_ids, reduction):
+    inputs = inputs_of(extra_ids, bias, dtype)
+    found = check(
+        inputs, labels=labels_of(extra_ids), extra_ids=extra_ids, reduction=reduction, impl=impl
+    )
+    assert found["loss"].dtype == FP32
+    assert found["dhidden"].dtype == dtype
+
+
+@every_reduction
+@every_extra
+@every_dtype
+def test_values_and_gradients_where_labels_are_not_read(dtype, extra_ids, reduction, unread):
+    inputs = inputs_of(extra_ids, dtype=dtype)
+    check(inputs, labels=labels_of(extra_ids), extra_ids=extra_ids, reduction=reduction)
+
+
+def compiled(function=ours):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra_ids", "reduction"), [((), "mean"), *((EXTRA["both"], each) for each in REDUCTIONS)]
+)
+def test_compiled(extra_ids, reduction):
+    """One op of the graph, which is the same for any number of rows after the first."""
+    function = compiled()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (ROWS, 31, 17):
+            options = {"labels": labels_of(extra_ids, rows), "extra_ids": extra_ids}
+            inputs = inputs_of(extra_ids, rows=rows)
+            found = run(function, inputs, reduction, **options)
+            assert_same(found, run(ours, inputs, reduction, **options))
+
+
+@every_reduction
+def test_compiled_with_a_frozen_vocabulary(reduction):
+    inputs = inputs_of(EXTRA["both"], frozen=("weight", "bias"))
+    options = {"labels": labels_of(EXTRA["both"]), "extra_ids": EXTRA["both"]}
+    found = run(compiled(), inputs, reduction, **options)
+    assert_same(found, run(ours, inputs, reduction, **options))
+
+
+def test_compiled_with_ids_in_a_tensor():
+    labels, ids = labels_of(EXTRA["both"]), torch.tensor(EXTRA["both"])
+    inputs = inputs_of(EXTRA["both"])
+
+    def function(hidden, weight, bias, extra_weight, ids):
+        options = {"extra_weight": extra_weight, "extra_ids": ids, "chunk_bytes": CHUNK_BYTES}
+        return linear_cross_entropy(hidden, weight, bias, labels, **options)
+
+    found = outputs_and_gradients(
+        compiled(function), inputs | {"ids": ids}, ("loss",), [torch.tensor(1.7)]
+    )
+    assert_same(found, run(ours, inputs, labels=labels, extra_ids=EXTRA["both"]))
+
+
+def test_compiled_in_autocast():
+    inputs, labels = inputs_of(), labels_of()
+    with torch.autocast(inputs["hidden"].device.type, BF16):
+        found = run(compiled(), inputs, labels=labels)
+        expected = run(ours, inputs, labels=labels)
+    assert_same(found, expected)
+
+
+def test_compiled_without_gradients():
+    inputs, labels = inputs_of(frozen=INPUTS), labels_of()
+    loss = compiled()(*inputs.values(), labels=labels)
+    torch.testing.assert_close(loss, ours(*inputs.values(), labels=labels))
+
+
+@pytest.mark.parametrize("wanted", [[True] * 4, [False] * 4, [True, False, False, True]], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_opcheck(dtype, wanted):
+    extra_ids = EXTRA["both"]
+    plain_inputs = [tensor.detach() for tensor in inputs_of(extra_ids).values()]
+    dlosses = random_tensor((ROWS,), seed=8)
+    of_op = torch.ops.flamingo_fast.linear_cross_entropy.default
+    options = (-100, CHUNK_BYTES, dtype, wanted)
+    ids, labels = torch.tensor(extra_ids), labels_of(extra_ids)
+    torch.library.opcheck(of_op, (*plain_inputs, ids, labels, dlosses, *options))
+    hidden, weight = (tensor.mT.contiguous().mT for tensor in plain_inputs[:2])
+    torch.library.opcheck(of_op, (hidden, weight, None, None, None, labels_of(), None, *options))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 8, 30, 44, 45, 1000])
+@every_extra
+def test_chunks(extra_ids, chunk_rows):
+    labels = labels_of(extra_ids).masked_fill(torch.arange(ROWS) == 3, 2)
+    options = {"labels": labels, "extra_ids": extra_ids}
+    check(inputs_of(extra_ids), chunk_bytes=chunk_rows * 8 * VOCAB, **options)
+    whole = run(ours, inputs_of(extra_ids), chunk_bytes=1 << 30, **options)
+    few = run(ours, inputs_of(extra_ids), chunk_bytes=1, **options)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(few[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@every_reduction
+def test_every_subset_of_gradients(reduction):
+    extra_ids = EXTRA["both"]
+    options = {"labels": labels_of(extra_ids), "extra_ids": extra_ids, "reduction": reduction}
+    whole = run(ours, inputs_of(extra_ids), **options)
+    for count in (1, 2, 3):
+        for frozen in itertools.combinations(INPUTS, count):
+            found = run(ours, inputs_of(extra_ids, frozen=frozen), **options)
+            assert found.keys() == {"loss", *(f"d{name}" for name in INPUTS if name not in frozen)}
+            for name, tensor in found.items():
+                torch.testing.assert_close(tensor, whole[name], rtol=1e-5, atol=1e-5)
+
+
+@every_reduction
+@every_extra
+def test_gradcheck(extra_ids, reduction):
+    inputs = {
+        name: tensor.detach().double().requires_grad_()
+        for name, tensor in inputs_of(extra_ids).items()
+        if tensor is not None
+    }
+    options = {"labels": labels_of(extra_ids), "extra_ids": extra_ids, "reduction": reduction}
+
+    def function(*tensors):
+        given = dict(zip(inputs, tensors, strict=True))
+        return ours(*(given.get(name) for name in INPUTS), **options)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+def test_logits_far_from_zero():
+    """Their differences count: the weight's rows and those beside it have one offset."""
+    extra_ids = EXTRA["both"]
+    inputs = inputs_of(extra_ids)
+    with torch.no_grad():
+        inputs["hidden"][:, 0] = 1
+        for name in ("weight", "extra_weight"):
+            inputs[name][:, 0] = 4096
+    check(inputs, labels=labels_of(extra_ids), extra_ids=extra_ids)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_logits_of_extra_rows_that_decide(sign):
+    """Or that do not count at all; each probability of the others, or of these, is 0 in fp32."""
+    inputs = inputs_of(EXTRA["both"])
+    with torch.no_grad():
+        inputs["hidden"][:, 0] = 1
+        inputs["extra_weight"][:, 0] = sign * 300
+    check(inputs, labels=labels_of(EXTRA["both"]), extra_ids=EXTRA["both"])
+
+
+@every_reduction
+@pytest.mark.parametrize("rows", [0, 6])
+@pytest.mark.parametrize("is_read", [True, False], ids=["", "unread"])
+def test_no_label_counts(is_read, rows, reduction, request):
+    """As of cross_entropy: a mean of nothing is NaN, and its gradients are 0."""
+    if not is_read:
+        request.getfixturevalue("unread")
+    labels = torch.full((rows,), -100)
+    found = run(ours, inputs_of(rows=rows), reduction, labels=labels)
+    expected = run(plain, inputs_of(rows=rows), reduction, labels=labels)
+    assert found["loss"].isnan().all() == (reduction == "mean" or found["loss"].numel() == 0)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("ignore_index", [3, VOCAB + 1, VOCAB + 77, -1])
+@pytest.mark.parametrize("is_read", [True, False], ids=["", "unread"])
+def test_ignore_index(is_read, ignore_index, request):
+    """May be an id, also one of extra_ids."""
+    if not is_read:
+        request.getfixturevalue("unread")
+    extra_ids = EXTRA["both"]
+    labels = labels_of(extra_ids)
+    labels = labels.where(labels != -100, ignore_index)
+    options = {"labels": labels, "extra_ids": extra_ids, "ignore_index": ignore_index}
+    check(inputs_of(extra_ids), **options)
+    check(inputs_of(extra_ids), impl="reference", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_shapes_and_dtypes_of_labels(dtype):
+    inputs = inputs_of(frozen=("weight", "bias"))
+    labels = labels_of()
+    expected = run(ours, inputs, "none", labels=labels)
+    hidden = inputs["hidden"].detach().reshape(5, 9, WIDTH).mT.contiguous().mT.requires_grad_()
+    loss = ours(
+        *(hidden, inputs["weight"], inputs["bias"], None),
+        labels=labels.to(dtype).reshape(5, 9),
+        reduction="none",
+    )
+    assert loss.shape == (5, 9)
+    torch.testing.assert_close(loss.flatten(), expected["loss"], rtol=1e-6, atol=1e-6)
+    of_one = ours(hidden[0, 1], inputs["weight"], inputs["bias"], None, labels=labels[1].to(dtype))
+    torch.testing.assert_close(of_one, expected["loss"][1], rtol=1e-6, atol=1e-6)
+
+
+@every_reduction
+def test_used_twice(reduction):
+    """In one expression, and by two backward calls; the kept gradients are not used up."""
+    inputs, labels = inputs_of(), labels_of()
+    wanted = [tensor for tensor in inputs.values() if tensor is not None]
+    loss = ours(*inputs.values(), labels=labels, reduction=reduction)
+    expected = plain(*inputs.values(), labels=labels, reduction=reduction)
+    twice = [(each * 3).sum() + each.square().sum() for each in (loss, expected)]
+    first = torch.autograd.grad(twice[0], wanted, retain_graph=True)
+    again = torch.autograd.grad(twice[0], wanted)
+    for got, same, right in zip(first, again, torch.autograd.grad(twice[1], wanted), strict=True):
+        assert torch.equal(got, same)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+def test_two_losses_of_one_weight():
+    inputs, labels = inputs_of(), labels_of()
+    hidden, weight, bias, _ = inputs.values()
+    function = functools.partial(ours, labels=labels)
+    for call in (function, functools.partial(plain, labels=labels)):
+        (call(hidden, weight, bias, None) + 2 * call(2 * hidden, weight, bias, None)).backward()
+        if call is function:
+            found = [tensor.grad.clone() for tensor in (hidden, weight, bias)]
+            for tensor in (hidden, weight, bias):
+                tensor.grad = None
+    for got, tensor in zip(found, (hidden, weight, bias), strict=True):
+        torch.testing.assert_close(got, tensor.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dloss", [-1.0, 0.0, 1e-3, 3.3, 2.0**16])
+@every_reduction
+def test_incoming_gradients(reduction, dloss):
+    check(inputs_of(), labels=labels_of(), reduction=reduction, dloss=dloss)
+
+
+def test_loss_scales_that_fp16_has_not():
+    """2 ** 17 is no number of fp16, nor is each logit's gradient times it."""
+    inputs = inputs_of(dtype=torch.float16)
+    small = {name: None if x is None else x.detach() / 512 for name, x in inputs.items()}
+    small = {name: None if x is None else x.requires_grad_() for name, x in small.items()}
+    found = run(ours, small, labels=labels_of(), dloss=2.0**17)
+    oracle = run(plain, small, labels=labels_of(), dtype=torch.float64, dloss=2.0**17)
+    for name in ("dhidden", "dweight", "dbias"):
+        assert found[name].dtype == torch.float16
+        error = (found[name].double() - oracle[name]).abs().max()
+        assert error <= 2**-8 * oracle[name].abs().max(), name
+
+
+def test_no_double_backward():
+    """An error, not the gradients of a constant."""
+    inputs = inputs_of()
+    options = {"labels": labels_of(), "extra_ids": ()}
+    loss = ours(*inputs.values(), **options)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: its gradients have no gradients"):
+        torch.autograd.grad(loss, inputs["hidden"], create_graph=True)
+    losses = [
+        ours(*inputs.values(), impl="reference", **options),
+        plain(*inputs.values(), **options),
+    ]
+    penalties = []
+    for each in losses:
+        (dhidden,) = torch.autograd.grad(each, inputs["hidden"], create_graph=True)
+        penalties.append(torch.autograd.grad(dhidden.square().sum(), inputs["weight"])[0])
+    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_checkpointing():
+    inputs, labels = inputs_of(), labels_of()
+    expected = run(ours, inputs, labels=labels)
+
+    def function(*tensors, **options):
+        return with_checkpoint(functools.partial(ours, **options))(*tensors)
+
+    for name, tensor in run(function, inputs, labels=labels).items():
+        assert torch.equal(tensor, expected[name])
+
+
+@every_reduction
+@every_extra
+def test_autocast(extra_ids, reduction):
+    """Products in its dtype; gradients in the parameters', of 16 bits only what products make."""
+    inputs = inputs_of(extra_ids)
+    device_type = inputs["hidden"].device.type
+    options = {"labels": labels_of(extra_ids), "extra_ids": extra_ids, "reduction": reduction}
+    with torch.autocast(device_type, BF16):
+        found = run(ours, inputs, **options)
+        eager = run(plain, inputs, **options)
+        reference = run(ours, inputs, impl="reference", **options)
+    oracle = run(plain, inputs, dtype=torch.float64, **options)
+    for name, tensor in found.items():
+        assert tensor.dtype == FP32
+        # Were all in fp32, it would be less.
+        assert (tensor - oracle[name]).abs().max() > 1e-4 * oracle[name].abs().max(), name
+        for each in (tensor, reference[name]):
+            error, limit = ((x - oracle[name]).square().mean().sqrt() for x in (each, eager[name]))
+            assert error <= 2 * (limit + 2**-8 * oracle[name].square().mean().sqrt()), name
+
+
+def test_hidden_states_of_autocast_beside_a_weight_of_fp32():
+    inputs = inputs_of()
+    hidden = inputs["hidden"].detach().to(BF16).requires_grad_()
+    with torch.autocast(hidden.device.type, BF16):
+        loss = ours(hidden, inputs["weight"], inputs["bias"], None, labels=labels_of())
+    loss.backward()
+    assert (loss.dtype, hidden.grad.dtype, inputs["weight"].grad.dtype) == (FP32, BF16, FP32)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_learnt_rows_of_fp32_beside_a_frozen_weight_of_bf16(impl):
+    extra_ids = EXTRA["both"]
+    inputs = inputs_of(extra_ids, dtype=BF16, frozen=("weight", "bias"))
+    inputs["extra_weight"] = inputs["extra_weight"].detach().float().requires_grad_()
+    found = check(inputs, labels=labels_of(extra_ids), extra_ids=extra_ids, impl=impl)
+    assert found["dextra_weight"].dtype == FP32
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.cpu
+def test_no_work_for_gradients_that_nobody_wants():
+    labels = labels_of()
+    product = 2 * int((labels >= 0).sum()) * WIDTH * VOCAB
+
+    def work(frozen, reduction="mean", rows_labels=labels):
+        inputs = inputs_of(bias=False, frozen=frozen)
+        losses = []
+        call = functools.partial(ours, labels=rows_labels, reduction=reduction)
+        forward = flops(lambda: losses.append(call(*inputs.values()).sum()))
+        return forward, flops(losses[0].backward) if losses[0].requires_grad else 0
+
+    assert work(INPUTS) == (product, 0)
+    with torch.no_grad():
+        assert work(()) == (product, 0)
+    assert work(("weight",)) == (2 * product, 0)
+    assert work(("weight",), "none") == (2 * product, 0)
+    assert work(("hidden",)) == (2 * product, 0)
+    assert work(()) == (3 * product, 0)
+    assert work((), "none") == (product, 3 * product)
+    all_count = labels.clamp(min=0)
+    assert work(INPUTS, rows_labels=all_count)[0] == 2 * ROWS * WIDTH * VOCAB
+
+
+def kept_shapes(frozen=(), extra_ids=(), reduction="mean", dtype=FP32):
+    inputs = inputs_of(extra_ids, dtype=dtype, frozen=frozen)
+    kept = []
+
+    def keep(tensor):
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    options = {"labels": labels_of(extra_ids), "extra_ids": extra_ids, "reduction": reduction}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours(*inputs.values(), **options)
+    return kept
+
+
+def test_what_is_kept():
+    """Gradients, of the frozen nothing, neither weights nor hidden states."""
+    ids = EXTRA["both"]
+    count, hidden = ((), torch.int64), ((ROWS, WIDTH), BF16)
+    extra = ((len(ids), WIDTH), FP32)
+    assert kept_shapes(("weight", "bias"), ids, "mean", BF16) == [count, hidden, extra]
+    assert kept_shapes(("weight", "bias"), (), "sum", BF16) == [hidden]
+    assert kept_shapes(("weight", "bias"), (), "none", BF16) == [hidden]
+    assert kept_shapes(INPUTS[:3], ids, "sum", BF16) == [extra]
+    assert kept_shapes(INPUTS, ids) == []
+
+
+@pytest.mark.cpu
+@every_reduction
+@pytest.mark.parametrize("extra_ids", [(), (3, 4000)], ids=["", "extra"])
+@every_dtype
+def test_logits_are_never_all_in_memory(dtype, extra_ids, reduction):
+    rows, width, vocab, chunk_bytes = 256, 8, 4000, 1 << 20
+    weight = random_tensor((vocab, width), dtype, seed=0)
+    hidden = random_tensor((rows, width), dtype, seed=1, requires_grad=True)
+    extra = random_tensor((2, width), FP32, seed=2, requires_grad=True) if extra_ids else None
+    for labels in (torch.arange(rows), torch.arange(rows).where(torch.arange(rows) % 2 > 0, -100)):
+        losses = []
+
+        def forward(losses=losses, labels=labels):
+            loss = linear_cross_entropy(
+                hidden,
+                weight,
+                None,
+                labels,
+                extra_weight=extra,
+                extra_ids=extra_ids or None,
+                reduction=reduction,
+                chunk_bytes=chunk_bytes,
+            )
+            losses.append(loss.sum())
+
+        # Beside the chunk: rows, a few copies of what has D columns or E, some of one row; and the
+        # weight as a product of 16 bits may lay it out.
+        small = 6 * hidden.numel() * 4 + 4 * rows * 8 * 2 + 6 * vocab * 4 + 2 * weight.nbytes
+        if extra_ids:
+            small += 2 * vocab * 4
+        assert chunk_bytes // 2 < peak_bytes(forward) <= chunk_bytes + small
+        again = peak_bytes(losses[0].backward)
+        recomputes = reduction == "none" and bool(extra_ids)
+        assert again <= small + (chunk_bytes if recomputes else 0)
+    assert chunk_bytes + small < rows * vocab * dtype.itemsize
+
+
+@pytest.mark.cpu
+def test_memory_of_a_weight_that_learns():
+    """Its gradient, and no logits beside it."""
+    rows, width, vocab, chunk_bytes = 256, 8, 4000, 1 << 18
+    weight = random_tensor((vocab, width), seed=0, requires_grad=True)
+    hidden = random_tensor((rows, width), seed=1, requires_grad=True)
+    losses = []
+    options = {"labels": torch.arange(rows), "chunk_bytes": chunk_bytes}
+    forward = peak_bytes(lambda: losses.append(ours(hidden, weight, None, None, **options)))
+    backward = peak_bytes(lambda: torch.autograd.grad(losses[0], (hidden, weight)))
+    small = 8 * hidden.nbytes + vocab * 4
+    assert weight.nbytes < forward <= weight.nbytes + chunk_bytes + small
+    assert weight.nbytes < backward <= weight.nbytes + small
+
+
+@every_reduction
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("extra_ids", [(), EXTRA["both"]], ids=["", "both"])
+@pytest.mark.parametrize("in_a_tensor", [False, True], ids=["tuple", "tensor"])
+def test_no_host_sync(in_a_tensor, extra_ids, impl, reduction):
+    inputs = {
+        name: None if tensor is None else tensor.detach().to("meta").requires_grad_()
+        for name, tensor in inputs_of(extra_ids).items()
+    }
+    ids = torch.empty(len(extra_ids), dtype=torch.int64, device="meta")
+    with no_host_sync():
+        loss = linear_cross_entropy(
+            *list(inputs.values())[:3],
+            torch.empty(ROWS, dtype=torch.int64, device="meta"),
+            extra_weight=inputs["extra_weight"],
+            extra_ids=(ids if in_a_tensor else extra_ids) if extra_ids else None,
+            reduction=reduction,
+            chunk_bytes=CHUNK_BYTES,
+            impl=impl,
+        )
+        loss.backward(torch.empty_like(loss))
+    for tensor in inputs.values():
+        assert tensor is None or tensor.grad.shape == tensor.shape
+
+
+def test_an_impl_of_other_ops_leaves_it_alone():
+    inputs, labels = inputs_of(), labels_of()
+    expected = ours(*inputs.values(), labels=labels)
+    with ff.use_impl("triton"):
+        assert torch.equal(ours(*inputs.values(), labels=labels), expected)
+
+
+def tensors(**change):
+    inputs = {"hidden": torch.ones(4, 3), "weight": torch.ones(5, 3), "bias": None}
+    return inputs | {"labels": torch.zeros(4, dtype=torch.int64)} | change
+
+
+def extra(ids, rows=None, **change):
+    weight = torch.ones(len(ids) if rows is None else rows, 3)
+    return tensors(extra_weight=weight, extra_ids=ids, **change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (tensors(hidden=[1.0]), TypeError, "hidden: expected a tensor, got list"),
+        (tensors(hidden=torch.tensor(1.0)), ValueError, "hidden: expected shape"),
+        (tensors(weight=None), TypeError, "weight: expected a tensor"),
+        (tensors(weight=torch.ones(5, 4)), ValueError, r"weight: expected shape \(5, 3\)"),
+        (tensors(weight=torch.ones(3)), ValueError, "weight: expected shape"),
+        (tensors(weight=torch.ones(0, 3)), ValueError, "weight: expected at least one row"),
+        (tensors(weight=torch.ones(5, 3).double()), TypeError, "weight: expected hidden's dtype"),
+        (tensors(bias=torch.ones(3)), ValueError, r"bias: expected shape \(5,\)"),
+        (tensors(bias=torch.ones(5).double()), TypeError, "bias: expected hidden's dtype"),
+        (tensors(labels=torch.zeros(4)), TypeError, "labels: expected integers"),
+        (tensors(labels=torch.zeros(3).long()), ValueError, r"labels: expected shape \(4,\)"),
+        (tensors(reduction="max"), ValueError, "reduction: expected one of mean, sum, none; got"),
+        (tensors(ignore_index=None), TypeError, "ignore_index: expected an int, got None"),
+        (tensors(chunk_bytes=0), ValueError, "chunk_bytes: expected at least 1, got 0"),
+        (tensors(chunk_bytes=1.5), TypeError, "chunk_bytes: expected an int, got 1.5"),
+        (tensors(impl="triton"), ValueError, "impl: expected one of auto, torch, reference"),
+        (tensors(extra_ids=(1,)), ValueError, "extra_weight, extra_ids: expected both or neither"),
+        (tensors(extra_weight=torch.ones(1, 3)), ValueError, "extra_ids: expected both or neither"),
+        (extra((1, 1)), ValueError, r"extra_ids: expected each id >= 0 and once, got \[1, 1\]"),
+        (extra((-1,)), ValueError, "extra_ids: expected each id >= 0 and once"),
+        (extra((6,)), ValueError, r"extra_ids: .* to be 5, 6, ... in this order; got \[6\]"),
+        (extra((6, 5)), ValueError, "extra_ids: expected those from weight's 5 on to be 5, 6"),
+        (extra(torch.tensor([6])), ValueError, "extra_ids: expected those from"),
+        (extra(torch.tensor([1.0])), TypeError, "extra_ids: expected integers"),
+        (extra((1.0,)), TypeError, "extra_ids: expected an int, got 1.0"),
+        (extra((1,), 2), ValueError, "extra_ids: expected 2 numbers, got 1"),
+        (extra(torch.tensor([1]), 2), ValueError, r"extra_ids: expected shape \(2,\)"),
+        (extra((), 0), ValueError, "extra_weight: expected 1 to 4 rows"),
+        (extra(range(5)), ValueError, "extra_weight: expected 1 to 4 rows, .* got 5"),
+        (
+            tensors(extra_weight=torch.ones(1, 4), extra_ids=(1,)),
+            ValueError,
+            r"extra_weight: expected shape \(1, 3\)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_by_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**arguments)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("label", "extra_ids", "last"),
+    [(5, (), 4), (-1, (), 4), (2**32 + 1, (), 4), (7, (2, 5, 6), 6), (5, (2,), 4), (-99, (5,), 5)],
+)
+def test_labels_without_logits(label, extra_ids, last, impl):
+    labels = torch.tensor([0, -100, label, 1])
+    arguments = extra(extra_ids, labels=labels) if extra_ids else tensors(labels=labels)
+    message = f"labels: expected -100 or 0 to {last}, got {label}"
+    with pytest.raises(IndexError, match=message):
+        linear_cross_entropy(**arguments, impl=impl)
+
+
+@pytest.mark.cpu
+def test_no_label_of_8_bits_is_taken_for_a_negative_one():
+    labels = torch.tensor([0, 256 - 100, 1, 2], dtype=torch.uint8)
+    with pytest.raises(IndexError, match="labels: expected -100 or 0 to 4, got 156"):
+        linear_cross_entropy(**tensors(labels=labels))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("label", "extra_ids"), [(5, ()), (6, (2, 5)), (5, (2,)), (6, (2,)), (-1, (2, 5)), (-1, ())]
+)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_labels_without_logits_that_are_not_read(impl, label, extra_ids, unread):
+    """No other logit is taken for theirs: an index is out of range."""
+    labels = torch.tensor([0, -100, label, 1])
+    arguments = extra(extra_ids, labels=labels) if extra_ids else tensors(labels=labels)
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        linear_cross_entropy(**arguments, impl=impl)
+
+
+def test_an_extended_id_at_its_loss():
+    """Against numbers: of four equal logits each has the loss log 4."""
+    weight, hidden = torch.zeros(3, 2), torch.ones(3, 2)
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        None,
+        torch.tensor([0, 3, -100]),
+        extra_weight=torch.zeros(1, 2),
+        extra_ids=(3,),
+        reduction="none",
+    )
+    torch.testing.assert_close(loss, torch.tensor([math.log(4), math.log(4), 0.0]))
