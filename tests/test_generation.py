@@ -325,7 +325,7 @@ BEAMS = {
     "short": {"num_beams": 4, "length_penalty": -1.0},
     "long": {"num_beams": 4, "length_penalty": 2.0},
     "early": {"num_beams": 4, "early_stopping": True},
-    "never": {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.5},
+    "never": {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0},
 }
 
 

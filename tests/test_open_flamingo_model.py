@@ -19,14 +19,12 @@ from torch import nn
 
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.models.generation import generate
-from flamingo_fast.models.saving import (
-    CheckpointError,
+from flamingo_fast.models.open_flamingo import (
     OpenFlamingoReport,
-    from_pretrained,
     load_open_flamingo,
     open_flamingo_config,
-    save_pretrained,
 )
+from flamingo_fast.models.saving import CheckpointError, from_pretrained, save_pretrained
 from flamingo_fast.models.vision import VisionEncoder
 from flamingo_fast.testing import peers
 from flamingo_fast.testing.compare import compare

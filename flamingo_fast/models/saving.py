@@ -1,19 +1,15 @@
-"""Models in folders, as Hugging Face lays them out, and OpenFlamingo's checkpoints.
+"""Models in folders, as Hugging Face lays them out.
 
 A folder has config.json, a `FlamingoConfig`, and the weights by the model's own state-dict keys, in
 model.safetensors, or in shards with model.safetensors.index.json. Pickles are refused, since
-loading one may run any code; OpenFlamingo published nothing else, so its own are read by PyTorch's
-loader of weights alone.
+loading one may run any code.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import pickle
-import re
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,20 +19,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from flamingo_fast.models.chinchilla import ChinchillaLM
-from flamingo_fast.models.conditioning import find_layers
 from flamingo_fast.models.config import (
-    ConditioningConfig,
     ConfigError,
     FlamingoConfig,
     LanguageModelConfig,
-    ResamplerConfig,
-    VisionConfig,
 )
 from flamingo_fast.models.extras import require
 from flamingo_fast.models.flamingo import Flamingo
-from flamingo_fast.models.parts import make_lang_model, vocab_size_of
+from flamingo_fast.models.parts import make_lang_model
 from flamingo_fast.models.vision import VisionEncoder
-from flamingo_fast.modules.checkpoints import canonical_state_dict, load_peer_state_dict
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -44,7 +35,7 @@ _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-?????-of-?????.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Parts whose weights may come from elsewhere.
-_FROM_ELSEWHERE = ("vision_encoder", "lang_model")
+PARTS_FROM_ELSEWHERE = ("vision_encoder", "lang_model")
 # What a language model's own config says of where and how it was saved.
 _NOT_OF_THE_MODEL = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")
 
@@ -168,12 +159,12 @@ def from_pretrained(
         model.tokens.token_ids = torch.tensor(model.tokens.ids, device=device)
     _check_keys(model, keys, folder)
     _read_weights(model, files, device, dtype)
-    _check_nothing_on_meta(model, f"{folder}: after loading, the model")
+    check_nothing_on_meta(model, f"{folder}: after loading, the model")
     return model.eval()
 
 
 def _to_save(model: Flamingo, trainable_only: bool) -> dict[str, torch.Tensor]:
-    _check_nothing_on_meta(model, "model")
+    check_nothing_on_meta(model, "model")
     state = model.state_dict()
     if trainable_only:
         frozen = _frozen_keys(model)
@@ -191,7 +182,7 @@ def _to_save(model: Flamingo, trainable_only: bool) -> dict[str, torch.Tensor]:
 def _frozen_keys(model: Flamingo) -> set[str]:
     """Frozen parameters of the parts that may come from elsewhere, and buffers of frozen parts."""
     frozen = set()
-    for name in _FROM_ELSEWHERE:
+    for name in PARTS_FROM_ELSEWHERE:
         part = getattr(model, name)
         parameters = dict(part.named_parameters(remove_duplicate=False))
         is_frozen = not any(each.requires_grad for each in parameters.values())
@@ -227,12 +218,12 @@ def _config_to_save(model: Flamingo) -> FlamingoConfig:
         lm = dataclasses.replace(lang_model.config, is_frozen=model.config.lm.is_frozen)
     else:
         lm = dataclasses.replace(
-            model.config.lm, kind="huggingface", hf_config=_hf_config(lang_model)
+            model.config.lm, kind="huggingface", hf_config=hf_config_of(lang_model)
         )
     return dataclasses.replace(model.config, lm=lm)
 
 
-def _hf_config(lang_model: Any) -> dict[str, Any] | None:
+def hf_config_of(lang_model: Any) -> dict[str, Any] | None:
     """What makes a language model of this class again; None: its config doesn't."""
     mapping = require("transformers").MODEL_FOR_CAUSAL_LM_MAPPING
     config = lang_model.config
@@ -262,7 +253,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     if (folder / _INDEX).is_file():
         return _indexed_files(folder)
     if (folder / _WEIGHTS).is_file():
-        with _opened(folder / _WEIGHTS) as file:
+        with opened_safetensors(folder / _WEIGHTS) as file:
             return {folder / _WEIGHTS: list(file.keys())}
     pickles = sorted(each.name for each in folder.iterdir() if each.suffix in _PICKLES)
     if pickles:
@@ -296,18 +287,18 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
         raise FileNotFoundError(f"{path}: expected {', '.join(missing)} beside it, not there")
     files = {}
     for name, keys in wanted.items():
-        with _opened(folder / name) as file:
+        with opened_safetensors(folder / name) as file:
             lacks = set(keys).difference(file.keys())
         if lacks:
             raise CheckpointError(
-                f"{folder / name}: expected what {_INDEX} says is in it, lacks {_some(lacks)}"
+                f"{folder / name}: expected what {_INDEX} says is in it, lacks {some_of(lacks)}"
             )
         files[folder / name] = keys
     return files
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_safetensors(path: Path) -> Iterator[Any]:
     """The file, memory-mapped."""
     safetensors = require("safetensors")
     try:
@@ -374,7 +365,7 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _aliases(module: nn.Module) -> dict[str, list[str]]:
+def aliases_of(module: nn.Module) -> dict[str, list[str]]:
     """Of each parameter's name all names of that parameter."""
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -384,7 +375,7 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
 
 def _missing(module: nn.Module, keys: set[str], prefix: str = "") -> list[str]:
     """Keys of the module that `keys`, with a prefix, lack, under all of their names."""
-    aliases = _aliases(module)
+    aliases = aliases_of(module)
     return [
         prefix + key
         for key in module.state_dict()
@@ -393,7 +384,7 @@ def _missing(module: nn.Module, keys: set[str], prefix: str = "") -> list[str]:
 
 
 def _check_keys(model: Flamingo, keys: set[str], folder: Path) -> None:
-    aliases, expected = _aliases(model), model.state_dict()
+    aliases, expected = aliases_of(model), model.state_dict()
     missing = [
         key
         for key in _missing(model, keys)
@@ -405,10 +396,10 @@ def _check_keys(model: Flamingo, keys: set[str], folder: Path) -> None:
         return
     message = f"{folder}: its weights don't fit the model."
     if missing:
-        message += f" The files lack {_some(missing)}."
+        message += f" The files lack {some_of(missing)}."
     if unexpected:
-        message += f" The model has no {_some(unexpected)}."
-    for name in _FROM_ELSEWHERE:
+        message += f" The model has no {some_of(unexpected)}."
+    for name in PARTS_FROM_ELSEWHERE:
         if any(key.startswith(f"{name}.") for key in (*missing, *unexpected)):
             message += (
                 f" Give {name} if the config doesn't describe it, or if it was saved with "
@@ -417,7 +408,7 @@ def _check_keys(model: Flamingo, keys: set[str], folder: Path) -> None:
     raise CheckpointError(message)
 
 
-def _some(keys: Iterable[str]) -> str:
+def some_of(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
     return ", ".join(keys[:5]) + more
@@ -430,12 +421,12 @@ def _read_weights(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
-    aliases = _aliases(model)
+    aliases = aliases_of(model)
     targets = model.state_dict(keep_vars=True)
     done: dict[str, torch.Tensor] = {}
     for path, keys in files.items():
         state: dict[str, torch.Tensor] = {}
-        with _opened(path) as file:
+        with opened_safetensors(path) as file:
             for key in keys:
                 target = targets[key]
                 names = aliases.get(key, [key])
@@ -464,230 +455,8 @@ def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
-def _check_nothing_on_meta(model: nn.Module, what: str) -> None:
+def check_nothing_on_meta(model: nn.Module, what: str) -> None:
     tensors = (*model.named_parameters(), *model.named_buffers())
     on_meta = [name for name, tensor in tensors if tensor.is_meta]
     if on_meta:
-        raise CheckpointError(f"{what} has no values of {_some(on_meta)}: they are on meta")
-
-
-def open_flamingo_config(
-    lang_model: nn.Module,
-    vision_features: int = 1024,
-    cross_attn_every_n_layers: int = 1,
-    *,
-    image_token_id: int,
-    eoc_token_id: int,
-    vision: VisionConfig | None = None,
-) -> FlamingoConfig:
-    """The config of a model of OpenFlamingo 2.0 (`src/flamingo.py`, `src/helpers.py`).
-
-    It trains blocks, resampler and the language model's input embedding; the config says that the
-    language model is frozen, embedding included.
-
-    Arguments:
-        lang_model: of transformers, with OpenFlamingo's tokens in its embedding
-            (`resize_token_embeddings`) or not: then they become `learnt_token_ids`.
-        vision_features: width of the vision encoder's tokens: 1024 of CLIP ViT-L/14.
-        cross_attn_every_n_layers: 1 of its 3B models, 2 of 4B, 4 of 9B.
-        image_token_id, eoc_token_id: of "<image>" and "<|endofchunk|>".
-        vision: the encoder, for the record: OpenFlamingo's features are OpenCLIP's, so give the
-            model its `visual` by `VisionEncoder.from_module`. By default ViT-L/14 for 224 pixels.
-
-    Raises:
-        ConfigError: ids after the vocabulary that are not the next ones.
-    """
-    shared: dict[str, Any] = {"heads": 8, "dim_head": 64, "activation": "gelu", "bias": False}
-    tokens = {image_token_id, eoc_token_id}
-    vocab_size = vocab_size_of(lang_model)
-    return FlamingoConfig(
-        vision=vision or VisionConfig(encoder="clip_vit_l14", image_size=224),
-        resampler=ResamplerConfig(dim=vision_features, max_num_frames=None, **shared),
-        conditioning=ConditioningConfig(
-            every=cross_attn_every_n_layers,
-            first=cross_attn_every_n_layers - 1,
-            media_norm=False,
-            **shared,
-        ),
-        lm=LanguageModelConfig(kind="huggingface", hf_config=_hf_config(lang_model)),
-        image_token_id=image_token_id,
-        eoc_token_id=eoc_token_id,
-        learnt_token_ids=tuple(sorted(token for token in tokens if token >= vocab_size)),
-        datasets=(),
-        p_next=0,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenFlamingoReport:
-    """What `load_open_flamingo` found; str() of it is for people.
-
-    Attributes:
-        loaded: keys of the model that got weights.
-        kept: keys of its language model and vision encoder that the checkpoint has nothing for:
-            OpenFlamingo leaves frozen weights out.
-        missing: of resampler and blocks ("resampler.latents", "blocks.3.attn_gate", the number
-            being the layer's) and of learnt tokens, what the checkpoint lacks.
-        unexpected: names in the checkpoint that the model has no place for.
-        duplicates: names of copies that were dropped.
-    """
-
-    loaded: tuple[str, ...]
-    kept: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    duplicates: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [
-            f"OpenFlamingo checkpoint: {len(self.loaded)} weights loaded, {len(self.kept)} kept as "
-            f"they were, {len(self.missing)} missing, {len(self.unexpected)} unexpected; "
-            f"{len(self.duplicates)} copies dropped"
-        ]
-        lines += [f"  missing: {name}" for name in self.missing]
-        lines += [f"  unexpected: {name}" for name in self.unexpected]
-        return "\n".join(lines)
-
-
-def load_open_flamingo(
-    model: Flamingo,
-    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
-    *,
-    strict: bool = True,
-) -> OpenFlamingoReport:
-    """Copies an OpenFlamingo model's weights into ours; all or nothing.
-
-    Arguments:
-        model: as `open_flamingo_config` describes; it keeps its dtype and device.
-        checkpoint: a state dict of OpenFlamingo's `Flamingo`, whole or as its training saves it,
-            with or without "model_state_dict" around it; or the path of one, as PyTorch saves it
-            (read with weights_only=True) or as safetensors. Of its embedding, which has more tokens
-            than the language model had, the rows go to the language model's, or those after its
-            vocabulary to `learnt_token_ids`.
-        strict: whether missing and unexpected names are an error.
-
-    Raises:
-        TypeError: the state dict is no mapping of names to tensors.
-        FileNotFoundError: no such file.
-        CheckpointError: a file that can't be read so; an embedding of another size.
-        ValueError: names that don't fit, if strict; shapes that don't. Nothing was copied then.
-    """
-    _check_nothing_on_meta(model, "model")
-    if not isinstance(checkpoint, Mapping):
-        checkpoint = _read_open_flamingo(Path(checkpoint))
-    sorted_out = canonical_state_dict(checkpoint, "open_flamingo")
-    places: dict[str, torch.Tensor] = {}
-    unexpected = []
-    targets = {key: tensor for key, tensor in model.state_dict().items() if _is_elsewhere(key)}
-    for name, tensor in sorted_out.other.items():
-        found = _places(model, targets, name, tensor)
-        if not found:
-            unexpected.append(name)
-        for key, value in found.items():
-            if not torch.equal(places.setdefault(key, value), value):
-                raise CheckpointError(
-                    f"checkpoint: {name}: input and output embeddings of the new tokens differ, "
-                    "which learnt_token_ids can't. Call lang_model.resize_token_embeddings("
-                    f"{tensor.shape[0]}) before the model is made"
-                )
-    missing = []
-    if model.tokens is not None and "tokens.weight" not in places:
-        missing.append("tokens.weight")
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            "checkpoint: doesn't fit the model; nothing was copied. Missing: "
-            f"{_some(missing) or 'nothing'}; unexpected: {_some(unexpected) or 'nothing'}"
-        )
-    blocks = dict(zip(model.conditioning.layer_indices, model.conditioning.blocks, strict=True))
-    peer_report = load_peer_state_dict(
-        checkpoint,
-        resampler=model.resampler,
-        blocks=blocks,
-        peer="open_flamingo",
-        strict=strict,
-    )
-    model.load_state_dict(places, strict=False)
-    aliases = _aliases(model)
-    loaded = {alias for key in places for alias in aliases.get(key, [key])}
-    lacks = {_own_key(model, name) for name in peer_report.missing}
-    own = {key for key in model.state_dict() if key.startswith(("resampler.", "conditioning."))}
-    loaded |= own - lacks
-    return OpenFlamingoReport(
-        loaded=tuple(key for key in model.state_dict() if key in loaded),
-        kept=tuple(key for key in targets if key not in loaded),
-        missing=(*peer_report.missing, *missing),
-        unexpected=(*peer_report.unexpected, *unexpected),
-        duplicates=peer_report.duplicates,
-    )
-
-
-def _is_elsewhere(key: str) -> bool:
-    return key.startswith(tuple(f"{name}." for name in _FROM_ELSEWHERE))
-
-
-def _own_key(model: Flamingo, name: str) -> str:
-    """The model's key of what a report calls "blocks.3.attn_gate"."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match is None:
-        return name
-    index = model.conditioning.layer_indices.index(int(match[1]))
-    return f"conditioning.blocks.{index}.{match[2]}"
-
-
-def _read_open_flamingo(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a checkpoint of OpenFlamingo, not there")
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path}: expected a file that torch.save wrote, of weights alone, got one that is "
-            f"broken or has other objects in it, which are not loaded ({error})"
-        ) from None
-
-
-def _places(
-    model: Flamingo, targets: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Our keys, and the values, of what belongs to neither resampler nor blocks; may be none."""
-    key = _key_of(model, name)
-    if key not in targets:
-        return {}
-    if targets[key].shape == tensor.shape:
-        return {key: tensor}
-    lang_model: Any = model.lang_model
-    tokens, vocab_size = model.tokens, vocab_size_of(lang_model)
-    is_embedding = targets[key].shape[:1] == (vocab_size,) and key.startswith("lang_model.")
-    if is_embedding and tokens is not None and tensor.shape[0] == tokens.num_tokens:
-        rows = torch.tensor(tokens.ids, device=tensor.device)
-        return {key: tensor[:vocab_size], "tokens.weight": tensor[rows]}
-    hint = ""
-    if is_embedding:
-        hint = (
-            f". Call lang_model.resize_token_embeddings({tensor.shape[0]}) before the model is made"
-        )
-    raise CheckpointError(
-        f"checkpoint: {name}: expected the model's shape {tuple(targets[key].shape)}, got "
-        f"{tuple(tensor.shape)}{hint}"
-    )
-
-
-def _key_of(model: Flamingo, name: str) -> str:
-    # Wrappers of FSDP, checkpointing and torch.compile.
-    name = ".".join(word for word in name.split(".") if not word.startswith("_"))
-    match = re.fullmatch(r"(?:.*\.)?(vision_encoder|lang_encoder|lang_model)\.(.+)", name)
-    if match is None:
-        return name
-    part, key = match[1], match[2]
-    if part == "vision_encoder":
-        return f"vision_encoder.model.{key}"
-    layers = find_layers(model.lang_model)
-    where = next(path for path, each in model.lang_model.named_modules() if each is layers)
-    key = re.sub(r"^old_decoder_blocks\.", f"{where}.", key)
-    key = re.sub(rf"^({re.escape(where)}\.\d+)\.decoder_layer\.", r"\1.", key)
-    return f"lang_model.{key}"
+        raise CheckpointError(f"{what} has no values of {some_of(on_meta)}: they are on meta")

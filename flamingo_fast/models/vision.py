@@ -32,8 +32,9 @@ class VisionEncoder(nn.Module):
     An NFNet gives the features of its last 1x1 convolution after its activation, for every 32x32
     pixels, row by row; a vision transformer all its tokens, the class token first, after the last
     norm. OpenFlamingo's encoder is another view of CLIP's transformer: OpenCLIP's tokens, which
-    have no class token and, in the versions of OpenFlamingo's time, no last norm. For its
-    checkpoints wrap OpenCLIP's `visual` by `from_module`.
+    have no class token and, before its version 2.23, no last norm (since then only with
+    `visual.final_ln_after_pool = True`). For its checkpoints wrap OpenCLIP's `visual` by
+    `from_module`.
 
     Images may be of any size: position embeddings are interpolated, and images whose sides are
     not multiples of a patch are padded with 0, the mean colour. `load_state_dict` takes position

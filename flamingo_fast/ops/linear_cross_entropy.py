@@ -50,7 +50,7 @@ class _Vocabulary(NamedTuple):
         return cls(weight, bias, extra_weight, extra_ids)
 
     def columns_of(self, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Which of V + E columns labels (N,) are in; 0 where not valid.
+        """Which of V + E columns labels (N,) are in; any where not valid.
 
         One that is in none gets an index out of range: on a GPU gather then fails, as cross_entropy
         does.
@@ -64,7 +64,7 @@ class _Vocabulary(NamedTuple):
         matches = labels[:, None].eq(self.extra_ids)
         # Of bool tensors there is no argmax.
         of_extra = num_rows + matches.int().argmax(1)
-        return of_extra.where(matches.any(1) & valid, columns)
+        return of_extra.where(matches.any(1), columns)
 
     def split(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Columns of V + E as those of V and of E, 0 where of the others, and whether of E."""
