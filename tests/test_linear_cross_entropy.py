@@ -415,6 +415,20 @@ def test_autocast(extra_ids, reduction):
             assert error <= 2 * (limit + 2**-8 * oracle[name].square().mean().sqrt()), name
 
 
+@every_reduction
+def test_autocast_changes_products_alone(reduction, unread):
+    """What is summed up in fp32 is so in autocast, in the backward, too."""
+    extra_ids = EXTRA["both"]
+    options = {"labels": labels_of(extra_ids), "extra_ids": extra_ids, "reduction": reduction}
+    of_16_bits = inputs_of(extra_ids, dtype=BF16)
+    with torch.autocast(of_16_bits["hidden"].device.type, BF16):
+        found = run(ours, of_16_bits, dtype=FP32, **options)
+    expected = run(ours, of_16_bits, **options)
+    assert found["dbias"].dtype == FP32
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name
+
+
 def test_hidden_states_of_autocast_beside_a_weight_of_fp32():
     inputs = inputs_of()
     hidden = inputs["hidden"].detach().to(BF16).requires_grad_()

@@ -187,6 +187,7 @@ def _recording(normed):
     return record
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("num_media", [1, 3])
 def test_few_media_are_normed_by_each_layer(num_media, monkeypatch):
     """Of fewer features than a projection has rows."""

@@ -128,9 +128,10 @@ class Flamingo(nn.Module):
                 self.tokens.init_from(embedding)
         self.dim_media = dim_media
         self.conditioning.attach(lang_model)
-        self._takes_positions = (
-            "position_ids" in inspect.signature(self._base_model.forward).parameters
-        )
+        parameters = inspect.signature(self._base_model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # transformers' name of it until 5.23, and ours.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         if config.lm.is_frozen:
             lang_model.requires_grad_(False)
         self.train(self.training)
@@ -445,7 +446,7 @@ class Flamingo(nn.Module):
         mask = attention_mask if cache is None else cache.attention_mask
         arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
         if cache is not None:
-            arguments["past_key_values"] = cache.lm
+            arguments[self._cache_name] = cache.lm
         if mask is not None and self._takes_positions:
             positions = mask.cumsum(1).sub_(1).clamp_(min=0)
             arguments["position_ids"] = positions[:, -input_ids.shape[1] :]

@@ -230,14 +230,13 @@ class PerceiverResampler(_Resampler):
 
     Attributes:
         share_media_norm: whether the media are normed once for all layers; the parameters of a
-            layer's norm are multiplied into its projection to keys and values, a matrix. None: with
-            merged projections, and on a CPU if the media have at least as many features as it has
-            rows; on a GPU what becomes of the matrices' gradients takes longer than norms do. If
-            the weights of any layer may not be read (LoRA, quantised, sharded or hooked), each
-            norms and projects itself.
-        merge_media_projections: whether, with it, they are projected to keys and values of all
-            layers in one matrix product, where no gradient is wanted. None: not on a CPU, which it
-            doesn't help.
+            layer's norm are multiplied into its projection to keys and values, a matrix. None: on
+            a CPU, if the media have at least as many features as it has rows; an H100 takes 3 to 9 %
+            longer to make these matrices than it does for the norms. If the weights of any layer
+            may not be read (LoRA, quantised, sharded or hooked), each norms and projects itself.
+        merge_media_projections: whether they also are projected to keys and values of all layers in
+            one matrix product, where no gradient is wanted. It helps neither: the matrices are
+            joined first.
 
     Raises:
         ValueError: a wrong argument, by name.
@@ -290,7 +289,7 @@ class PerceiverResampler(_Resampler):
         )
         self.norm = make_norm(norm, dim, op_impl(impl))
         self.share_media_norm: bool | None = None
-        self.merge_media_projections: bool | None = None
+        self.merge_media_projections = False
 
     def forward(
         self,
@@ -329,10 +328,7 @@ class PerceiverResampler(_Resampler):
         """What each layer's to_kv(norm_media(x)) is; None: it sees to that itself."""
         layers: Any = self.layers
         attentions = [attn for attn, _ in layers]
-        merge = self.merge_media_projections
-        if merge is None:
-            merge = x.device.type != "cpu"
-        merge = merge and not torch.is_grad_enabled()
+        merge = self.merge_media_projections and not torch.is_grad_enabled()
         share = self.share_media_norm
         if share is None and attentions:
             is_long = x.shape[:-1].numel() >= attentions[0].to_kv.out_features

@@ -164,9 +164,7 @@ class _Gradients:
             minus_one = minus_one.masked_fill_(is_extra, 0)
         wide_dlogits = log_probs.exp_().scatter_add_(1, columns, minus_one)
         if dbias is not None:
-            dbias += (
-                wide_dlogits.sum(0) if factors is None else torch.mv(wide_dlogits.mT, factors[:, 0])
-            )
+            dbias += wide_dlogits.sum(0) if factors is None else (factors.mT @ wide_dlogits)[0]
         dlogits = wide_dlogits.to(weight.dtype)
         scaled = hidden if factors is None else (hidden * factors).to(hidden.dtype)
         dhidden: Any = None
@@ -476,7 +474,7 @@ def linear_cross_entropy(
         ids = _check_extra(extra_weight, extra_ids, hidden, vocab_size)
     rows, row_labels = hidden.reshape(-1, width), labels.reshape(-1).long()
     _check_labels(row_labels, vocab_size, ids, ignore_index)
-    impl = choose_impl(impl, hidden, "it has no kernels of its own", _IMPLS)
+    impl = choose_impl(impl, hidden, known=_IMPLS)
     with _without_autocast(hidden.device):
         if impl == "reference":
             vocabulary = _Vocabulary.of(weight, bias, extra_weight, ids, dtype)
