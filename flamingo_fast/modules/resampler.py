@@ -231,8 +231,8 @@ class PerceiverResampler(_Resampler):
     Attributes:
         share_media_norm: whether the media are normed once for all layers; the parameters of a
             layer's norm are multiplied into its projection to keys and values, a matrix. None: on
-            a CPU, if the media have at least as many features as it has rows; an H100 takes 3 to 9 %
-            longer to make these matrices than it does for the norms. If the weights of any layer
+            a CPU, if the media have at least as many features as it has rows; on an H100 it takes
+            3 to 9 % longer to make these matrices than to norm again. If the weights of any layer
             may not be read (LoRA, quantised, sharded or hooked), each norms and projects itself.
         merge_media_projections: whether they also are projected to keys and values of all layers in
             one matrix product, where no gradient is wanted. It helps neither: the matrices are
