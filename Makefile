@@ -51,7 +51,7 @@ GPU_BENCH_ARGS ?=
 ON_GPU := TEST_DEVICE=cuda PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m
 GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu tanh norm gated_residual feed_forward \
   latent_attention latent_kernels masked_cross_attention several_media gated_blocks resampler \
-  op_contract unbind_kv))
+  op_contract unbind_kv gpu_models))
 GPU_OPS := latent_attention masked_cross_attention gated_residual_layer_norm PerceiverResampler \
   GatedCrossAttentionBlock MaskedCrossAttention GatedCrossAttentionBlock_decode \
   masked_cross_attention_mllama masked_cross_attention_all_previous

@@ -133,5 +133,6 @@ def open_gates(model: Flamingo) -> Flamingo:
             if name.endswith("gate"):
                 parameter.fill_(0.5)
             elif parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter.copy_(noise * 0.2)
     return model

@@ -2,8 +2,8 @@
 
 N rows, D width, V rows of the weight, E rows beside it. As in Liger-Kernel and in
 `torch.nn.functional.linear_cross_entropy` (2.14), the forward makes the gradients while it has the
-logits, softmax - onehot of them, and the backward multiplies by the loss's. These differ: rows
-beside the weight, no work for what is frozen, ignored rows cost nothing on a CPU, retain_graph.
+logits, softmax - onehot of them, and the backward multiplies by the loss's. Here there are rows
+beside the weight, too, and on a CPU ignored rows cost nothing.
 """
 
 import contextlib
