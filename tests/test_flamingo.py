@@ -356,6 +356,17 @@ def test_wrong_inputs(call, message):
         call(flamingo("llama"))
 
 
+@torch.no_grad()
+def test_more_tokens_than_the_language_model_has_positions():
+    model, ids = flamingo("gpt2", n_positions=8), IDS[:1, 2:4]
+    model.generate(ids, max_new_tokens=7, stop_token_ids=(), return_cache=False)
+    with pytest.raises(ValueError, match="max_new_tokens: expected rows of at most 8 tokens, .* 9"):
+        model.generate(ids, max_new_tokens=7, stop_token_ids=())
+    with pytest.raises(ValueError, match="input_ids: expected rows of at most 8 tokens, .* 10"):
+        model(ids.repeat(1, 5))
+    assert flamingo("llama").max_tokens is flamingo("chinchilla").max_tokens is None
+
+
 def test_parts_that_do_not_fit():
     with pytest.raises(ConfigError, match="vanilla_xattn goes between"):
         flamingo("gpt_neox", "vanilla_xattn")

@@ -33,6 +33,7 @@ from flamingo_fast.models.media_inputs import (
     cat_frames,
     check_counts,
     check_ids,
+    check_length,
     flat_media,
 )
 from flamingo_fast.models.parts import (
@@ -41,6 +42,7 @@ from flamingo_fast.models.parts import (
     made_with,
     make_lang_model,
     make_resampler,
+    max_tokens_of,
     stack_config,
     vocab_size_of,
 )
@@ -76,6 +78,8 @@ class Flamingo(nn.Module):
     Attributes:
         vision_encoder, resampler, lang_model, conditioning: its parts; conditioning has the blocks.
         tokens: embeddings that are learnt, `LearntTokens`; or None.
+        max_tokens: of a row, padding among them, where the language model has learnt embeddings of
+            so many positions; or None.
 
     Raises:
         ConfigError: parts that don't fit together, by the field's name.
@@ -131,6 +135,7 @@ class Flamingo(nn.Module):
         parameters = inspect.signature(self._base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         # transformers' name of it until 5.23, and ours.
+        self.max_tokens = max_tokens_of(self.lang_model)
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         if config.lm.is_frozen:
             lang_model.requires_grad_(False)
@@ -216,6 +221,7 @@ class Flamingo(nn.Module):
                 f"media_locations: expected bool of shape {tuple(input_ids.shape)}, got "
                 f"{media_locations.dtype} of {tuple(media_locations.shape)}"
             )
+        check_length(input_ids.shape[1] + (cache.seqlen if cache else 0), self.max_tokens)
         encoded, counts, seqlens = self._media_of(images, videos, media, media_locations, num_media)
         if cache is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -479,7 +485,7 @@ class Flamingo(nn.Module):
             head.bias,
             shifted,
             extra_weight=None if self.tokens is None else self.tokens.weight,
-            extra_ids=None if self.tokens is None else self.tokens.ids,
+            extra_ids=None if self.tokens is None else self.tokens.token_ids,
         )
 
 

@@ -18,7 +18,7 @@ from flamingo_fast.layout import MediaLayout
 from flamingo_fast.models.cache import FlamingoCache
 from flamingo_fast.models.conditioning import MediaContext
 from flamingo_fast.models.extras import require
-from flamingo_fast.models.media_inputs import Media, check_ids
+from flamingo_fast.models.media_inputs import Media, check_ids, check_length
 
 if TYPE_CHECKING:
     from flamingo_fast.models.flamingo import Flamingo
@@ -140,6 +140,9 @@ def generate(
     cache, logits = _prefill(
         model, input_ids, images, videos, attention_mask, num_media=num_media, cache=cache
     )
+    # The last one is fed to the model only where a cache is to have it.
+    total = cache.seqlen + max_new_tokens - (not return_cache)
+    check_length(total, model.max_tokens, "max_new_tokens")
     stops = _Stops(stop_ids, strings, tokenizer, pad_token_id, logits.device)
     decoder = Decoder(
         model, cache, room=max_new_tokens, copies=num_beams, static_cache=static_cache

@@ -25,6 +25,15 @@ def check_ids(
             )
 
 
+def check_length(num_tokens: int, max_tokens: int | None, name: str = "input_ids") -> None:
+    """Whether a row of so many tokens has positions in the language model."""
+    if max_tokens is not None and num_tokens > max_tokens:
+        raise ValueError(
+            f"{name}: expected rows of at most {max_tokens} tokens, for so many positions the "
+            f"language model has embeddings; got {num_tokens}"
+        )
+
+
 def check_counts(name: str, tokens: list[int] | None, counts: list[int]) -> None:
     for row, (wanted, given) in enumerate(zip(tokens or (), counts, strict=False)):
         if wanted != given:

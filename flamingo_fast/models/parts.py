@@ -19,6 +19,8 @@ from flamingo_fast.modules import MLPResampler, PerceiverResampler, TransformerR
 
 # What some language models do to logits after the last matrix product.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Names of learnt embeddings of positions.
+_POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
 
 
 def make_resampler(config: ResamplerConfig, features: int) -> nn.Module:
@@ -106,3 +108,11 @@ def check_logits(lang_model: Any) -> None:
                 f"lang_model: {type(lang_model).__name__} changes its logits by {name}, which "
                 "Flamingo doesn't; expected a model whose logits are a linear layer's"
             )
+
+
+def max_tokens_of(lang_model: Any) -> int | None:
+    """Tokens of a row at most, where positions have learnt embeddings (GPT-2, OPT)."""
+    has_embeddings = any(
+        name.rpartition(".")[2] in _POSITION_EMBEDDINGS for name, _ in lang_model.named_modules()
+    )
+    return lang_model.config.max_position_embeddings if has_embeddings else None

@@ -20,6 +20,8 @@ from flamingo_fast.ops.dispatch import apply, choose_impl, register_op
 
 REDUCTIONS = ("mean", "sum", "none")
 _IMPLS = ("auto", "torch", "reference")
+# A GPU reads weight again for every chunk, and wants some 500 rows or more in each.
+_CHUNK_BYTES = {"cpu": 1 << 26, "gpu": 1 << 28}
 
 
 class _Vocabulary(NamedTuple):
@@ -406,7 +408,7 @@ def linear_cross_entropy(
     extra_ids: torch.Tensor | Sequence[int] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    chunk_bytes: int = 1 << 26,
+    chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """cross_entropy(linear(hidden, weight, bias), labels), without all logits in memory.
@@ -429,7 +431,7 @@ def linear_cross_entropy(
         ignore_index: the label of rows that don't count.
         reduction: "mean" (over rows that count; NaN if there are none), "sum" or "none".
         chunk_bytes: how much memory logits may take at once; at least those of one row are there.
-            A GPU, which reads weight again for every chunk, wants some 500 rows or more in each.
+            None: 64 MiB on a CPU, else 256.
         impl: "auto", "torch" or "reference" (all logits at once).
 
     Returns:
@@ -464,6 +466,8 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     _check_int("ignore_index", ignore_index)
+    if chunk_bytes is None:
+        chunk_bytes = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "gpu"]
     _check_int("chunk_bytes", chunk_bytes)
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: expected at least 1, got {chunk_bytes}")
