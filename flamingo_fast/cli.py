@@ -336,17 +336,17 @@ def generate(
                 f"{model}: expected a tokenizer of the model's {flamingo.num_tokens} tokens, got "
                 f"token {largest} of the prompt"
             )
+        output = generate_tokens(
+            flamingo,
+            batch.input_ids,
+            videos=batch.media,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            num_beams=beams,
+            return_cache=False,
+        )
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
-    output = generate_tokens(
-        flamingo,
-        batch.input_ids,
-        videos=batch.media,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        return_cache=False,
-    )
     typer.echo(processor.decode(output.sequences[0]))
 
 

@@ -1,6 +1,8 @@
 """The whole model: where media come in, what is encoded, what is learnt, and what is refused."""
 
+import collections
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from model_cases import FAMILIES, IMAGE, flamingo, hf_model, open_gates, stub_encoder, tiny_config
 from torch import nn
 
+from flamingo_fast.models.conditioning import find_layers
 from flamingo_fast.models.config import ConfigError, LanguageModelConfig
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.modules import PerceiverResampler
@@ -213,11 +216,55 @@ def test_loss_and_gradients(family, kind):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+    runs = _runs_of_layers(model)
+    gradients()
+    assert set(runs.values()) == {1}
+    runs.clear()
     model.checkpoint()
     again, checkpointed = gradients()
     assert torch.equal(again, loss)
     for name, gradient in checkpointed.items():
         assert torch.equal(gradient, found[name]), name
+    # Of grafting nothing in the language model gets a gradient, or has anything to keep.
+    assert {name: count for name, count in runs.items() if count != 2} == (
+        {"lang_model": 1} if kind == "grafting" else {}
+    )
+    model.checkpoint(False)
+    runs.clear()
+    gradients()
+    assert set(runs.values()) == {1}
+
+
+def _runs_of_layers(model):
+    """How often the attention of the last layer of each kind is called."""
+    runs = collections.Counter()
+    last = {
+        "lang_model": find_layers(model.lang_model)[-1],
+        "blocks": model.conditioning.blocks[-1],
+    }
+    if len(model.conditioning.layers):
+        last["layers"] = model.conditioning.layers[-1]
+    for name, layer in last.items():
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attn
+        attention.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    return runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpointed_frozen_language_model_keeps_no_graph_before_the_first_block(kind):
+    """And generates from its cache, and can be pickled."""
+    model = open_gates(flamingo("gpt2", kind, every="single_in_middle")).train()
+    model.checkpoint()
+    embedded = []
+    layers = find_layers(model.lang_model)
+    handle = layers[1].register_forward_hook(lambda *args: embedded.append(args[-1].requires_grad))
+    model(IDS, images(2, 2), labels=IDS).loss.backward()
+    handle.remove()
+    assert embedded == [False]
+    assert not any(each.training for each in layers[0].children())
+    expected = copy.deepcopy(model).eval().generate(IDS, images(2, 2), max_new_tokens=3)
+    found = pickle.loads(pickle.dumps(model)).generate(IDS, images(2, 2), max_new_tokens=3)
+    assert torch.equal(found.sequences, expected.sequences)
 
 
 def test_checkpoints_of_two_passes_see_their_own_media():
@@ -240,18 +287,26 @@ def test_learnt_tokens_beside_a_frozen_vocabulary():
     """One in it, two after it: rows of their own in embedding and logits, and their gradients."""
     model = open_gates(flamingo("llama", learnt_token_ids=(4, 40, 41), eoc_token_id=40)).train()
     weight = model.lang_model.get_input_embeddings().weight
-    assert torch.equal(model.tokens.weight[0], weight[4])
-    torch.testing.assert_close(model.tokens.weight[1], weight.mean(0))
+    head = model.lang_model.get_output_embeddings().weight
+    for rows, vocabulary in ((model.tokens.weight, weight), (model.tokens.head_weight, head)):
+        assert torch.equal(rows[0], vocabulary[4])
+        torch.testing.assert_close(rows[1], vocabulary.mean(0))
+    # Nothing has been learnt yet: it is the language model, with a column for each new token.
+    ids = text([5, 4, 9])
+    expected = model.lang_model(input_ids=ids).logits
+    closed = flamingo("llama", learnt_token_ids=(4, 40, 41), eoc_token_id=40)
+    torch.testing.assert_close(closed(ids).logits[..., :40], expected)
     with torch.no_grad():
-        model.tokens.weight.normal_(generator=torch.Generator().manual_seed(1))
+        for seed, rows in enumerate(model.tokens.parameters()):
+            rows.normal_(generator=torch.Generator().manual_seed(seed))
     ids = text([5, IMAGE, 40, 4, 41, 9])
     out = model(ids, images(1, 1), labels=ids, return_logits=True)
     assert out.logits.shape[-1] == model.num_tokens == 42
     extended = copy.deepcopy(model.lang_model)
     extended.resize_token_embeddings(42, mean_resizing=False)
     with torch.no_grad():
-        for head in (extended.get_input_embeddings(), extended.get_output_embeddings()):
-            head.weight[[4, 40, 41]] = model.tokens.weight
+        extended.get_input_embeddings().weight[[4, 40, 41]] = model.tokens.weight
+        extended.get_output_embeddings().weight[[4, 40, 41]] = model.tokens.head_weight
     extended_model = open_gates(flamingo(lang_model=extended, eoc_token_id=40))
     for name in ("resampler", "conditioning"):
         getattr(extended_model, name).load_state_dict(getattr(model, name).state_dict())
@@ -259,7 +314,8 @@ def test_learnt_tokens_beside_a_frozen_vocabulary():
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, expected.loss)
     out.loss.backward()
-    assert (model.tokens.weight.grad != 0).any(-1).all()
+    for rows in model.tokens.parameters():
+        assert (rows.grad != 0).any(-1).all()
     assert weight.grad is None
 
 
@@ -343,6 +399,23 @@ ERRORS = {
         lambda m: m(IDS, images(2, 2), media_locations=torch.ones(2, 7)),
         "media_locations: expected bool",
     ),
+    "id after the vocabulary": (
+        lambda m: m(text([5, 40])),
+        "input_ids: expected ids of 40 tokens, got 40",
+    ),
+    "negative id": (lambda m: m(text([5, -1])), "input_ids: expected ids of 40 tokens, got -1"),
+    "images of two sizes": (
+        lambda m: m(IDS, [[images(), torch.zeros(3, 4, 4)], [images()]]),
+        r"images: expected images of one size, got \(3, 8, 8\) and \(3, 4, 4\)",
+    ),
+    "video without frames": (
+        lambda m: m(IDS, videos=[[images(0)] * 2, [images(1)]]),
+        r"videos: expected tensors of shape \(F, 3, H, W\), got one of \(0, 3, 8, 8\)",
+    ),
+    "bytes": (
+        lambda m: m(IDS, torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8)),
+        "expected normalised ones of a floating point dtype",
+    ),
     "gradients with a cache": (
         lambda m: m(IDS, images(2, 2), cache=m.new_cache(2)),
         "cache: expected no gradients",
@@ -368,6 +441,17 @@ def test_more_tokens_than_the_language_model_has_positions():
 
 
 def test_parts_that_do_not_fit():
+    with pytest.raises(ConfigError, match="LlamaDecoderLayer, .*; got PhiDecoderLayer"):
+        flamingo("phi", "vanilla_xattn")
+    with pytest.raises(ConfigError, match="GPT2Model has no output embeddings"):
+        flamingo(lang_model=hf_model("gpt2").transformer)
+    with pytest.raises(ConfigError, match="learnt_token_ids: expected ids after the vocabulary"):
+        flamingo("phi", learnt_token_ids=(4,))
+    with pytest.raises(ConfigError, match="expected a language model with an nn.Embedding"):
+        flamingo("gemma3_text", learnt_token_ids=(4,))
+    config = tiny_config(lm=LanguageModelConfig(kind="huggingface", hf_config={"n_layer": 1}))
+    with pytest.raises(ConfigError, match="lm.hf_config: expected the config of a model"):
+        Flamingo(config, vision_encoder=stub_encoder())
     with pytest.raises(ConfigError, match="vanilla_xattn goes between"):
         flamingo("gpt_neox", "vanilla_xattn")
     with pytest.raises(ConfigError, match="image_token_id: expected an id of the language model's"):

@@ -458,11 +458,25 @@ def test_new_tokens_beside_a_vocabulary_as_it_was(family: str) -> None:
     assert_same_logits(ours, peer)
 
 
-def test_new_tokens_with_two_embeddings_need_rows_of_their_own() -> None:
+def test_new_tokens_with_two_embeddings_have_rows_of_each() -> None:
     peer, ours = make_peer("llama", 2), make_ours("llama", 2, vocab_size=VOCAB)
+    load_open_flamingo(ours, peer.state_dict())
+    of_peer = peer.lang_encoder
+    for rows, module in (
+        (ours.tokens.weight, of_peer.get_input_embeddings()),
+        (ours.tokens.head_weight, of_peer.get_output_embeddings()),
+    ):
+        assert torch.equal(rows, module.weight[VOCAB:])
+    assert not torch.equal(ours.tokens.weight, ours.tokens.head_weight)
+
+
+def test_new_tokens_with_one_embedding_that_is_two_in_the_checkpoint() -> None:
+    peer, ours = make_peer("gpt2", 2), make_ours("gpt2", 2, vocab_size=VOCAB)
+    state = peer.state_dict()
+    (head,) = (key for key in state if key.endswith("lm_head.weight"))
     before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(CheckpointError, match=r"embeddings of the new tokens differ.*\(40\)"):
-        load_open_flamingo(ours, peer.state_dict())
+    with pytest.raises(CheckpointError, match="embeddings of the new tokens differ"):
+        load_open_flamingo(ours, {**state, head: state[head] + 1})
     assert_unchanged(ours, before)
 
 

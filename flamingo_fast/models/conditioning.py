@@ -26,6 +26,11 @@ from flamingo_fast.modules.cross_attention import MediaKV
 # Names by which language models have the parts of a layer.
 _LAYERS = ("layers", "h", "decoder.layers", "blocks", "model.layers")
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+# Layers that are x + attention(norm(x)), then x + feed_forward(norm(x)).
+_SEQUENTIAL = (
+    *("ChinchillaLayer", "GPT2Block", "OPTDecoderLayer", "GPTNeoXLayer"),
+    *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"),
+)
 _FIRST_NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_attn", "attn_norm")
 
 
@@ -133,6 +138,7 @@ class Conditioning(nn.Module):
             self.layers.extend(make_layer(index) for index in range(number))
         self.checkpoint_blocks = False
         self._context: MediaContext | None = None
+        self._is_inside_checkpoint = False
 
     def project(self, media: torch.Tensor) -> list[MediaKV]:
         """Keys and values for each block, of media (media_total, R, dim_media)."""
@@ -151,14 +157,25 @@ class Conditioning(nn.Module):
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """`context_fn` of torch.utils.checkpoint: what is computed again sees what it saw."""
-        return contextlib.nullcontext(), self.of(self._context)
+        return self._inside_checkpoint(self._context), self._inside_checkpoint(self._context)
+
+    @contextlib.contextmanager
+    def _inside_checkpoint(self, context: MediaContext | None) -> Iterator[None]:
+        """A block there is computed again with what is around it, and not once more by itself."""
+        was_inside, self._is_inside_checkpoint = self._is_inside_checkpoint, True
+        try:
+            with self.of(context):
+                yield
+        finally:
+            self._is_inside_checkpoint = was_inside
 
     def attend(self, index: int, x: torch.Tensor, **options: Any) -> torch.Tensor | None:
         """Block `index` on x; None where there is no context: the language model is on its own."""
         context, block = self._context, self.blocks[index]
         if context is None:
             return None
-        if self.checkpoint_blocks and torch.is_grad_enabled():
+        is_checkpointed = self.checkpoint_blocks and not self._is_inside_checkpoint
+        if is_checkpointed and torch.is_grad_enabled():
             return checkpoint(context.attend, block, index, x, use_reentrant=False, **options)
         return context.attend(block, index, x, **options)
 
@@ -254,7 +271,16 @@ def _part(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
 
 
 def _check_is_sequential(lang_model: nn.Module, layer: nn.Module) -> None:
-    """Whether the feed-forward comes after self-attention, and norms before each of them."""
+    """Whether the feed-forward comes after self-attention, and norms before each of them.
+
+    Of layers that we don't know nobody can tell: in others attention returns the sum already
+    (BLOOM), or is normed afterwards (Gemma 3).
+    """
+    if type(layer).__name__ not in _SEQUENTIAL:
+        raise ConfigError(
+            "conditioning.kind: vanilla_xattn goes between the self-attention and the feed-forward "
+            f"of {', '.join(_SEQUENTIAL)}; got {type(layer).__name__}"
+        )
     config = getattr(lang_model, "config", None)
     is_parallel = getattr(config, "use_parallel_residual", False)
     is_post_norm = getattr(config, "do_layer_norm_before", True) is False

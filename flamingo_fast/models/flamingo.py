@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.models.cache import FlamingoCache
@@ -34,6 +35,7 @@ from flamingo_fast.models.media_inputs import (
     check_counts,
     check_ids,
     check_length,
+    check_vocabulary,
     flat_media,
 )
 from flamingo_fast.models.parts import (
@@ -125,11 +127,11 @@ class Flamingo(nn.Module):
             self.lang_model = lang_model
             self.tokens: LearntTokens | None = None
             if config.learnt_token_ids:
-                embedding = self.lang_model.get_input_embeddings().weight
                 self.tokens = LearntTokens(
-                    config.learnt_token_ids, vocab_size, embedding.shape[1]
+                    config.learnt_token_ids,
+                    self.lang_model.get_input_embeddings(),
+                    self.lang_model.get_output_embeddings(),
                 ).to(device=device, dtype=dtype)
-                self.tokens.init_from(embedding)
         self.dim_media = dim_media
         self.conditioning.attach(lang_model)
         parameters = inspect.signature(self._base_model.forward).parameters
@@ -155,21 +157,36 @@ class Flamingo(nn.Module):
         super().train(mode)
         if self.config.lm.is_frozen:
             self.lang_model.eval()
+            # Those of transformers check their own mode before they checkpoint; what is in them
+            # stays in eval mode.
+            for layer in find_layers(self.lang_model):
+                layer.training = mode and getattr(layer, "gradient_checkpointing", False)
         return self
 
     def checkpoint(self, enable: bool = True) -> None:
-        """Activation checkpointing of each block, and of each of the language model's layers."""
+        """Activation checkpointing of each new layer, and of each of the language model's.
+
+        Raises:
+            ConfigError: the language model's layers can't.
+        """
         self.conditioning.checkpoint_blocks = enable
-        lang_model = self.lang_model
-        if isinstance(lang_model, ChinchillaLM):
-            lang_model.model.checkpoint_layers = enable
-            lang_model.model.checkpoint_context_fn = self.conditioning.for_checkpoint
-        elif enable:
-            lang_model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": self.conditioning.for_checkpoint}
+        if isinstance(self.lang_model, ChinchillaLM):
+            self.lang_model.model.checkpoint_layers = enable
+            self.lang_model.model.checkpoint_context_fn = self.conditioning.for_checkpoint
+            return
+        layers: Any = find_layers(self.lang_model)
+        for layer in layers:
+            if not hasattr(layer, "gradient_checkpointing"):
+                raise ConfigError(
+                    f"lang_model: {type(layer).__name__} has no activation checkpointing"
+                )
+            # Not gradient_checkpointing_enable, which also makes the embedding's output require
+            # gradients, and so everything up to the first block.
+            layer.gradient_checkpointing = enable
+            layer._gradient_checkpointing_func = functools.partial(
+                checkpoint, use_reentrant=False, context_fn=self.conditioning.for_checkpoint
             )
-        else:
-            lang_model.gradient_checkpointing_disable()
+        self.train(self.training)
 
     def forward(
         self,
@@ -212,6 +229,7 @@ class Flamingo(nn.Module):
             TypeError, ValueError: a wrong argument, by name; more image tokens than media.
         """
         check_ids(input_ids, attention_mask, labels)
+        check_vocabulary(input_ids, self.num_tokens)
         if attention_mask is not None and media_locations is None:
             media_locations = (input_ids == self.config.image_token_id) & (attention_mask != 0)
         elif media_locations is None:
@@ -282,7 +300,7 @@ class Flamingo(nn.Module):
         frames = [len(each) for each in media]
         pixels = media.flatten(0, 1) if isinstance(media, torch.Tensor) else cat_frames(media)
         if frames:
-            features = self.vision_encoder(pixels.to(_dtype_of(self.vision_encoder)))
+            features = self.vision_encoder(pixels)
         else:
             # Still through the resampler: on other ranks it may have something to do.
             width = self.vision_encoder.features
@@ -466,8 +484,12 @@ class Flamingo(nn.Module):
             return hidden
         stack_cache = None if cache is None else cache.graft
         context = relative_context(hidden, mask, stack_cache)
+        is_checkpointed = self.conditioning.checkpoint_blocks and torch.is_grad_enabled()
         for index, layer in enumerate(self.conditioning.layers):
-            hidden = layer(hidden, context)
+            if is_checkpointed:
+                hidden = checkpoint(layer, hidden, context, use_reentrant=False)
+            else:
+                hidden = layer(hidden, context)
             attended = self.conditioning.attend(index, hidden)
             hidden = hidden if attended is None else attended
         return hidden
@@ -484,7 +506,7 @@ class Flamingo(nn.Module):
             head.weight,
             head.bias,
             shifted,
-            extra_weight=None if self.tokens is None else self.tokens.weight,
+            extra_weight=None if self.tokens is None else self.tokens.output_weight,
             extra_ids=None if self.tokens is None else self.tokens.token_ids,
         )
 

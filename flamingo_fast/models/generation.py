@@ -712,6 +712,8 @@ def _score(
 ) -> torch.Tensor:
     """(B, options), sums of log-probabilities after prompts in a cache that had these logits."""
     batch, copies = len(options), len(options[0])
+    longest = max(len(option) for each in options for option in each)
+    check_length(cache.seqlen + longest - 1, model.max_tokens, "options")
     flat = [torch.tensor(option) for each in options for option in each]
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).to(logits.device)
     lengths = torch.tensor([len(option) for option in flat]).to(logits.device)

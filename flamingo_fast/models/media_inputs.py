@@ -25,6 +25,16 @@ def check_ids(
             )
 
 
+def check_vocabulary(input_ids: torch.Tensor, num_tokens: int) -> None:
+    """Whether there are such tokens; on a GPU, which nobody waits for, the embedding fails."""
+    if input_ids.device.type != "cpu" or input_ids.numel() == 0:
+        return
+    least, most = (int(each) for each in input_ids.aminmax())
+    if least < 0 or most >= num_tokens:
+        wrong = least if least < 0 else most
+        raise ValueError(f"input_ids: expected ids of {num_tokens} tokens, got {wrong}")
+
+
 def check_length(num_tokens: int, max_tokens: int | None, name: str = "input_ids") -> None:
     """Whether a row of so many tokens has positions in the language model."""
     if max_tokens is not None and num_tokens > max_tokens:
@@ -63,11 +73,12 @@ def flat_media(
             flat = [each[None] for each in flat]
         expected = "(F, 3, H, W)" if has_frames else "(3, H, W)"
         for each in flat:
-            if each.dim() != 4:
-                shape = tuple(each.shape[0 if has_frames else 1 :])
-                raise ValueError(
-                    f"{name}: expected tensors of shape {expected}, got one of {shape}"
-                )
+            got = tuple(each.shape[0 if has_frames else 1 :])
+            if each.dim() != 4 or each.shape[0] == 0:
+                raise ValueError(f"{name}: expected tensors of shape {expected}, got one of {got}")
+            if each.shape[1:] != flat[0].shape[1:]:
+                first = tuple(flat[0].shape[0 if has_frames else 1 :])
+                raise ValueError(f"{name}: expected images of one size, got {first} and {got}")
         return flat, [len(row) for row in values]
     sizes = 3 if name == "media" else 4 + has_frames
     if values.dim() == sizes:

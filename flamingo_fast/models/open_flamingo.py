@@ -153,8 +153,7 @@ def load_open_flamingo(
             if not torch.equal(places.setdefault(key, value), value):
                 raise CheckpointError(
                     f"checkpoint: {name}: input and output embeddings of the new tokens differ, "
-                    "which learnt_token_ids can't. Call lang_model.resize_token_embeddings("
-                    f"{tensor.shape[0]}) before the model is made"
+                    "which are one in the language model"
                 )
     missing = []
     if model.tokens is not None and "tokens.weight" not in places:
@@ -231,7 +230,10 @@ def _places(
     is_embedding = targets[key].shape[:1] == (vocab_size,) and key.startswith("lang_model.")
     if is_embedding and tokens is not None and tensor.shape[0] == tokens.num_tokens:
         rows = torch.tensor(tokens.ids, device=tensor.device)
-        return {key: tensor[:vocab_size], "tokens.weight": tensor[rows]}
+        head = lang_model.get_output_embeddings().weight
+        is_head = tokens.head_weight is not None and model.get_parameter(key) is head
+        own = "tokens.head_weight" if is_head else "tokens.weight"
+        return {key: tensor[:vocab_size], own: tensor[rows]}
     hint = ""
     if is_embedding:
         hint = (

@@ -59,8 +59,7 @@ def make_lang_model(
         model = transformers.AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
         return model.to(device)
     if config.hf_config is not None:
-        values = dict(config.hf_config)
-        hf_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        hf_config = _hf_config(transformers, config.hf_config)
     elif config.name is not None:
         hf_config = transformers.AutoConfig.from_pretrained(config.name)
     else:
@@ -69,6 +68,18 @@ def make_lang_model(
         )
     with made_with(device=device, dtype=dtype):
         return transformers.AutoModelForCausalLM.from_config(hf_config)
+
+
+def _hf_config(transformers: Any, values: dict[str, Any]) -> Any:
+    values = dict(values)
+    try:
+        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    # transformers has errors of its own, which are not ValueErrors.
+    except Exception as error:
+        raise ConfigError(
+            f"lm.hf_config: expected the config of a model of transformers, with its model_type "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -102,6 +113,13 @@ def vocab_size_of(lang_model: Any) -> int:
 
 
 def check_logits(lang_model: Any) -> None:
+    """Whether its logits are a linear layer's of its last hidden states."""
+    head = getattr(lang_model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise ConfigError(
+            f"lang_model: {type(lang_model).__name__} has no output embeddings; expected a causal "
+            "language model, with its head"
+        )
     for name in _LOGIT_CHANGES:
         if getattr(lang_model.config, name, None) not in (None, 1, 1.0):
             raise ConfigError(

@@ -220,7 +220,8 @@ def _config_to_save(model: Flamingo) -> FlamingoConfig:
         lm = dataclasses.replace(
             model.config.lm, kind="huggingface", hf_config=hf_config_of(lang_model)
         )
-    return dataclasses.replace(model.config, lm=lm)
+    vision = dataclasses.replace(model.config.vision, is_frozen=model.vision_encoder.is_frozen)
+    return dataclasses.replace(model.config, lm=lm, vision=vision)
 
 
 def hf_config_of(lang_model: Any) -> dict[str, Any] | None:

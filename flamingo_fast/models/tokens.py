@@ -1,6 +1,7 @@
 """Learnt embeddings of a few tokens beside a frozen vocabulary (Flamingo, section 2.4)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,34 @@ class LearntTokens(nn.Module):
 
     Arguments:
         token_ids: which.
-        vocab_size: of the language model.
-        dim: width of its embeddings.
+        embedding: the language model's, an nn.Embedding.
+        head: its output embedding, a linear layer; its weight may be the embedding's.
+
+    Attributes:
+        weight: (tokens, dim), rows of the embedding, and of the output embedding if they are one.
+        head_weight: rows of the output embedding if it is another, else None.
+        num_tokens: ids that there are logits of.
 
     Raises:
-        ConfigError: ids after the vocabulary that leave some out.
+        ConfigError: ids after the vocabulary that leave some out; an embedding that does more than
+            look up rows; an output embedding whose bias would be left out.
     """
 
     token_ids: torch.Tensor
 
-    def __init__(self, token_ids: Sequence[int], vocab_size: int, dim: int) -> None:
+    def __init__(self, token_ids: Sequence[int], embedding: Any, head: Any) -> None:
         super().__init__()
+        vocab_size, dim = embedding.weight.shape
+        if type(embedding) is not nn.Embedding:
+            raise ConfigError(
+                "learnt_token_ids: expected a language model with an nn.Embedding, got "
+                f"{type(embedding).__name__}, which may do more than look up rows"
+            )
+        if head.bias is not None and any(each < vocab_size for each in token_ids):
+            raise ConfigError(
+                f"learnt_token_ids: expected ids after the vocabulary of {vocab_size} tokens, as "
+                f"the language model's output embedding has a bias; got {tuple(token_ids)}"
+            )
         beyond = sorted(each for each in token_ids if each >= vocab_size)
         if beyond != list(range(vocab_size, vocab_size + len(beyond))):
             raise ConfigError(
@@ -39,27 +57,40 @@ class LearntTokens(nn.Module):
         self.vocab_size = vocab_size
         self.num_tokens = vocab_size + len(beyond)
         self.weight = nn.Parameter(torch.empty(len(self.ids), dim))
+        self.head_weight: nn.Parameter | None = None
+        if head.weight is not embedding.weight:
+            self.head_weight = nn.Parameter(torch.empty(len(self.ids), head.weight.shape[1]))
         self.register_buffer("token_ids", torch.tensor(self.ids), persistent=False)
+        self._init_rows(self.weight, embedding.weight)
+        if self.head_weight is not None:
+            self._init_rows(self.head_weight, head.weight)
 
     @torch.no_grad()
-    def init_from(self, embedding: torch.Tensor) -> None:
-        """The vocabulary's rows as the model has them, the others the mean of all of its rows."""
-        if embedding.is_meta:
+    def _init_rows(self, rows: torch.Tensor, vocabulary: torch.Tensor) -> None:
+        """Those of the vocabulary as they are there, the others the mean of all of its rows."""
+        if vocabulary.is_meta or rows.is_meta:
             return
-        mean = embedding.float().mean(0)
-        for row, token in zip(self.weight, self.ids, strict=True):
-            row.copy_(embedding[token] if token < self.vocab_size else mean)
+        mean = vocabulary.float().mean(0)
+        for row, token in zip(rows, self.ids, strict=True):
+            row.copy_(vocabulary[token] if token < self.vocab_size else mean)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """Rows that make logits."""
+        return self.weight if self.head_weight is None else self.head_weight
 
     def embed(self, input_ids: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         """(B, L) -> (B, L, dim)."""
-        embedded = embedding(input_ids.clamp(max=self.vocab_size - 1))
+        # Ids that don't exist go on to fail as they would without these tokens.
+        beyond = (input_ids >= self.vocab_size) & (input_ids < self.num_tokens)
+        embedded = embedding(input_ids.masked_fill(beyond, 0))
         matches = input_ids[..., None] == self.token_ids
         own = F.embedding(matches.int().argmax(-1), self.weight)
         return torch.where(matches.any(-1, keepdim=True), own.to(embedded.dtype), embedded)
 
     def extend(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab_size) of hidden states (..., dim), with these tokens': (..., all)."""
-        own = F.linear(hidden, self.weight).to(logits.dtype)
+        own = F.linear(hidden, self.output_weight).to(logits.dtype)
         inside = sum(each < self.vocab_size for each in self.ids)
         logits = logits.index_copy(-1, self.token_ids[:inside], own[..., :inside])
         return torch.cat([logits, own[..., inside:]], -1)
