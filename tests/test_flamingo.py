@@ -458,6 +458,8 @@ def test_parts_that_do_not_fit():
         flamingo("llama", image_token_id=40)
     with pytest.raises(ConfigError, match="learnt_token_ids: expected those after the vocabulary"):
         flamingo("llama", learnt_token_ids=(42,))
+    with pytest.raises(ConfigError, match="MambaBlock has none of self_attn"):
+        flamingo(lang_model=hf_model("mamba"))
     with pytest.raises(ConfigError, match="has no layers that we know"):
         flamingo(lang_model=nn.Linear(2, 2))
     config = tiny_config(lm=LanguageModelConfig(kind="huggingface"))

@@ -193,8 +193,10 @@ class Conditioning(nn.Module):
             else:
                 _check_is_sequential(lang_model, layer)
                 between = _AfterAttention(self, index)
-                _part(layer, _FIRST_NORMS).register_forward_pre_hook(between.see_input)
-                _part(layer, _ATTENTIONS).register_forward_hook(between)
+                no_place = "so there is no place for vanilla_xattn"
+                norm = _part(layer, _FIRST_NORMS, no_place)
+                norm.register_forward_pre_hook(between.see_input)
+                _part(layer, _ATTENTIONS, no_place).register_forward_hook(between)
 
     def extra_repr(self) -> str:
         return f"kind={self.config.kind!r}, layers={self.layer_indices}"
@@ -252,6 +254,8 @@ def find_layers(lang_model: nn.Module) -> nn.ModuleList:
         for name in path.split("."):
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList) and len(found) > 0:
+            # Of layers without (state-space models) neither caches nor padding are what we expect.
+            _part(found[0], _ATTENTIONS, "so it is no layer that we know")
             return found
     raise ConfigError(
         f"lang_model: {type(lang_model).__name__} has no layers that we know; expected its base "
@@ -259,14 +263,13 @@ def find_layers(lang_model: nn.Module) -> nn.ModuleList:
     )
 
 
-def _part(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def _part(layer: nn.Module, names: tuple[str, ...], consequence: str) -> nn.Module:
     for name in names:
         found = getattr(layer, name, None)
         if isinstance(found, nn.Module):
             return found
     raise ConfigError(
-        f"lang_model: {type(layer).__name__} has none of {', '.join(names)}, so there is no place "
-        "for vanilla_xattn"
+        f"lang_model: {type(layer).__name__} has none of {', '.join(names)}, {consequence}"
     )
 
 
