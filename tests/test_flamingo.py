@@ -328,6 +328,12 @@ def test_quantised_weights():
     loss = model(IDS, images(2, 2), labels=IDS).loss
     plain = F.cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     torch.testing.assert_close(loss, plain)
+    open_gates(model)
+    moved = model(IDS, images(2, 2)).logits
+    assert not torch.equal(moved[:, -1], expected[:, -1])
+    first = moved[:, -1].index_fill(-1, text(IMAGE), -torch.inf).argmax(-1)
+    generated = model.generate(IDS, images(2, 2), max_new_tokens=3, stop_token_ids=()).sequences
+    assert torch.equal(generated[:, 0], first)
 
 
 @torch.no_grad()
