@@ -5,13 +5,18 @@
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
 from flamingo_fast.layout import ATTEND
+from flamingo_fast.models.fields import (
+    ConfigError,
+    at_least,
+    check_fields,
+    from_dict,
+    one_of,
+    positive,
+)
 from flamingo_fast.ops.masked_cross_attention import PAST_LAST, UNATTENDED
 
 RESAMPLERS = ("perceiver", "mlp", "transformer")
@@ -22,10 +27,6 @@ SINGLE_IN_MIDDLE = "single_in_middle"
 DATASETS = ("m3w", "align", "ltip", "vtp", "laion")
 ACTIVATIONS = ("gelu", "squared_relu")
 NORMS = ("layer", "rms")
-
-
-class ConfigError(ValueError):
-    """A field of a config, by its name, what it was and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,8 @@ class VisionConfig:
     is_pretrained: bool = False
 
     def __post_init__(self) -> None:
-        _check_fields(self, "vision")
-        _at_least("vision", self, 1, "image_size")
+        check_fields(self, "vision")
+        at_least("vision", self, 1, "image_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +80,14 @@ class ResamplerConfig:
     project_features: bool = False
 
     def __post_init__(self) -> None:
-        _check_fields(self, "resampler")
-        _one_of("resampler.kind", self.kind, RESAMPLERS)
-        _at_least("resampler", self, 1, "dim", "heads", "dim_head", "num_latents")
-        _at_least("resampler", self, 0, "depth")
-        _at_least("resampler", self, 1, "max_num_frames", "max_num_media")
-        _positive("resampler.ff_mult", self.ff_mult)
-        _one_of("resampler.activation", self.activation, ACTIVATIONS)
-        _one_of("resampler.norm", self.norm, NORMS)
+        check_fields(self, "resampler")
+        one_of("resampler.kind", self.kind, RESAMPLERS)
+        at_least("resampler", self, 1, "dim", "heads", "dim_head", "num_latents")
+        at_least("resampler", self, 0, "depth")
+        at_least("resampler", self, 1, "max_num_frames", "max_num_media")
+        positive("resampler.ff_mult", self.ff_mult)
+        one_of("resampler.activation", self.activation, ACTIVATIONS)
+        one_of("resampler.norm", self.norm, NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,22 +131,22 @@ class ConditioningConfig:
     dim_media: int | None = None
 
     def __post_init__(self) -> None:
-        _check_fields(self, "conditioning")
-        _one_of("conditioning.kind", self.kind, CONDITIONINGS)
+        check_fields(self, "conditioning")
+        one_of("conditioning.kind", self.kind, CONDITIONINGS)
         if isinstance(self.every, str):
-            _one_of("conditioning.every", self.every, (SINGLE_IN_MIDDLE,))
+            one_of("conditioning.every", self.every, (SINGLE_IN_MIDDLE,))
         else:
-            _at_least("conditioning", self, 1, "every")
-        _at_least("conditioning", self, 0, "first")
-        _at_least("conditioning", self, 1, "num_layers", "heads", "dim_head", "dim_media")
-        _positive("conditioning.ff_mult", self.ff_mult)
-        _one_of("conditioning.activation", self.activation, ACTIVATIONS)
-        _one_of("conditioning.norm", self.norm, NORMS)
-        _one_of("conditioning.attend", self.attend, ATTEND)
+            at_least("conditioning", self, 1, "every")
+        at_least("conditioning", self, 0, "first")
+        at_least("conditioning", self, 1, "num_layers", "heads", "dim_head", "dim_media")
+        positive("conditioning.ff_mult", self.ff_mult)
+        one_of("conditioning.activation", self.activation, ACTIVATIONS)
+        one_of("conditioning.norm", self.norm, NORMS)
+        one_of("conditioning.attend", self.attend, ATTEND)
         if self.unattended is not None:
-            _one_of("conditioning.unattended", self.unattended, (*UNATTENDED, "zero_block"))
+            one_of("conditioning.unattended", self.unattended, (*UNATTENDED, "zero_block"))
         if self.past_last is not None:
-            _one_of("conditioning.past_last", self.past_last, PAST_LAST)
+            one_of("conditioning.past_last", self.past_last, PAST_LAST)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Which of a language model's `depth` layers have a block; of grafting none.
@@ -193,10 +194,10 @@ class LanguageModelConfig:
     is_pretrained: bool = True
 
     def __post_init__(self) -> None:
-        _check_fields(self, "lm")
-        _one_of("lm.kind", self.kind, LANGUAGE_MODELS)
-        _at_least("lm", self, 1, "vocab_size", "dim", "depth", "heads", "dim_head")
-        _positive("lm.ff_mult", self.ff_mult)
+        check_fields(self, "lm")
+        one_of("lm.kind", self.kind, LANGUAGE_MODELS)
+        at_least("lm", self, 1, "vocab_size", "dim", "depth", "heads", "dim_head")
+        positive("lm.ff_mult", self.ff_mult)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,10 +231,10 @@ class FlamingoConfig:
     p_next: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_fields(self, "")
-        _one_of("optimisation", self.optimisation, OPTIMISATIONS)
-        _at_least("", self, 0, "image_token_id")
-        _at_least("", self, 0, "eoc_token_id")
+        check_fields(self, "")
+        one_of("optimisation", self.optimisation, OPTIMISATIONS)
+        at_least("", self, 0, "image_token_id")
+        at_least("", self, 0, "eoc_token_id")
         if self.eoc_token_id == self.image_token_id:
             raise ConfigError(
                 f"eoc_token_id: expected another token than image_token_id, got {self.eoc_token_id}"
@@ -241,7 +242,7 @@ class FlamingoConfig:
         if not 0 <= self.p_next <= 1:
             raise ConfigError(f"p_next: expected a probability, got {self.p_next!r}")
         for name in self.datasets:
-            _one_of("datasets", name, DATASETS)
+            one_of("datasets", name, DATASETS)
         if len(set(self.learnt_token_ids)) != len(self.learnt_token_ids):
             raise ConfigError(
                 f"learnt_token_ids: expected different ids, got {self.learnt_token_ids}"
@@ -268,7 +269,7 @@ class FlamingoConfig:
         """
         from flamingo_fast.models.presets import PRESETS
 
-        _one_of("preset", name, tuple(PRESETS))
+        one_of("preset", name, tuple(PRESETS))
         return PRESETS[name]
 
     def to_json(self) -> str:
@@ -285,74 +286,9 @@ class FlamingoConfig:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"config: expected JSON ({error})") from None
-        return _from_dict(cls, values, "")
+        return from_dict(cls, values, "")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "FlamingoConfig":
         """`from_json` of a file's text."""
         return cls.from_json(Path(path).read_text())
-
-
-def _from_dict(cls: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'config'}: expected an object, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        path = _path(where, name)
-        if name not in hints:
-            known = ", ".join(hints)
-            raise ConfigError(f"{path}: there is no such field; expected one of {known}")
-        if dataclasses.is_dataclass(hints[name]):
-            value = _from_dict(hints[name], value, path)
-        elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):
-            value = tuple(value)
-        arguments[name] = value
-    return cls(**arguments)
-
-
-def _path(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _check_fields(config: Any, where: str) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _is_of(value, hint):
-            expected = getattr(hint, "__name__", None)
-            if not isinstance(hint, type):
-                expected = str(hint).replace("typing.", "")
-            raise ConfigError(f"{_path(where, name)}: expected {expected}, got {value!r}")
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_of(value, each) for each in typing.get_args(hint))
-    if origin is tuple:
-        element = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_is_of(each, element) for each in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _at_least(where: str, config: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{_path(where, name)}: expected at least {least}, got {value!r}")
-
-
-def _positive(path: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{path}: expected a finite number above 0, got {value!r}")
-
-
-def _one_of(path: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{path}: expected one of {', '.join(known)}; got {value!r}")

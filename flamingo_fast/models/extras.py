@@ -1,10 +1,10 @@
-"""Libraries of the `models` extra, and what to say where they are missing."""
+"""Libraries of extras, and what to say where they are missing."""
 
 import importlib
 from typing import Any
 
 
-def require(name: str) -> Any:
+def require(name: str, extra: str = "models") -> Any:
     """The module `name`.
 
     Raises:
@@ -15,5 +15,5 @@ def require(name: str) -> Any:
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         raise ImportError(
-            f"{missing} is not installed: pip install 'flamingo_fast[models]'"
+            f"{missing} is not installed: pip install 'flamingo_fast[{extra}]'"
         ) from error

@@ -1,0 +1,4 @@
+from flamingo_fast.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Commands that measure."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flamingo_fast.cli.app import app, check_writable, wide_console
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _bench_model(preset: str, dtype: str, device: "torch.device") -> None:
+    from flamingo_fast.bench import records, whole_model
+    from flamingo_fast.bench.registry import DTYPES
+    from flamingo_fast.models.config import ConfigError
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    records.set_threads()
+    try:
+        steps = whole_model.run(preset, DTYPES[dtype], device)
+    except (ConfigError, ImportError) as error:
+        raise typer.BadParameter(f"model: {error}") from error
+    Console().print(whole_model.render(preset, DTYPES[dtype], steps))
+
+
+@app.command()
+def bench(
+    op: Annotated[list[str] | None, typer.Option(help="Op; may be repeated. Default: all.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as 2048x2048; may be repeated. Default: each op's own."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, bf16 or fp16; may be repeated. Default: fp32 and bf16."),
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="fwd or fwd_bwd; may be repeated. Default: both.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="Beside eager, which always runs; may be repeated. Default: all."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One small shape, short, without torch.compile.")
+    ] = False,
+    growth: Annotated[
+        bool,
+        typer.Option("--growth", help="Attention's time and memory with more and more images."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: build this preset with random weights, run it and generate 8 tokens; "
+            "in bf16, or the first --dtype."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder of results.csv, report.md and report.png (growth.png). "
+            "Default: bench/results in a checkout, else bench_results.",
+        ),
+    ] = None,
+) -> None:
+    """Time our ops against PyTorch's and others', interleaved, after checking their results.
+
+    Exits with 1 if a provider's outputs or gradients are wrong; it then has no numbers.
+    """
+    import torch
+
+    from flamingo_fast.bench import plan, records, report, run
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model is not None:
+        _bench_model(model, (dtype or ["bf16"])[0], device)
+        return
+    out = out or records.DEFAULT_OUT
+    try:
+        chosen = plan.make_plan(
+            ops=op or (),
+            shapes=shape or (),
+            dtypes=dtype or (),
+            modes=mode or (),
+            providers=provider or (),
+            quick=quick,
+            growth=growth,
+        )
+        report.prepare(out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    records.set_threads()
+    with Console(stderr=True).status("") as status:
+        results = run.run(chosen, device, status.update)
+    report.show(results)
+    for path in report.write(results, out):
+        typer.echo(path)
+    if results.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def table3(
+    csv_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv", dir_okay=False, writable=True, help="Write the numbers to this file, too."
+        ),
+    ] = None,
+) -> None:
+    """Predict the step times of the rows of the paper's table 3, beside the printed ones.
+
+    From each model's operations and trainable parameters: nothing is trained, no weights are made.
+    """
+    check_writable("csv", csv_file)
+
+    from flamingo_fast.bench.table3 import predict, render, write_csv
+
+    with Console(stderr=True).status("Counting"):
+        predictions = predict()
+    if csv_file is not None:
+        write_csv(predictions, csv_file)
+    wide_console().print(render(predictions))
