@@ -17,7 +17,8 @@ LAYERS = (
     {"kernels"},
     {"ops"},
     {"modules"},
-    {"models", "training", "patching"},
+    {"models"},
+    {"training", "patching"},
     {"flamingo_fast"},
     {"testing"},
     {"bench", "profiling"},
@@ -26,6 +27,7 @@ LAYERS = (
 
 EXTRAS = (
     *("timm", "torchvision", "transformers", "safetensors", "tokenizers", "PIL", "av"),
+    *("webdataset", "yaml", "sklearn"),
     *("matplotlib", "pytest", "pytest_benchmark"),
     *("nvtx", "flash_attn", "xformers", "liger_kernel", "einops", "einops_exts"),
 )

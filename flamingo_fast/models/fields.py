@@ -25,6 +25,11 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
             value = from_dict(hints[name], value, path)
         elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):
             value = tuple(value)
+            element = typing.get_args(hints[name])[0]
+            if dataclasses.is_dataclass(element):
+                value = tuple(
+                    from_dict(element, each, f"{path}[{index}]") for index, each in enumerate(value)
+                )
         arguments[name] = value
     return cls(**arguments)
 

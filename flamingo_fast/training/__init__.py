@@ -1,0 +1,1 @@
+"""Training: datasets, steps, parallelism, checkpoints. They need the extra `train`."""
