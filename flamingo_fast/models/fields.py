@@ -1,6 +1,7 @@
 """Fields of configs: dataclasses made from plain values, with errors that name the field."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -12,18 +13,36 @@ class ConfigError(ValueError):
 
 
 def from_dict(cls: Any, values: Any, where: str) -> Any:
+    """A config of plain values, as JSON and YAML have them; lists become tuples.
+
+    Arguments:
+        cls: a dataclass; fields of it may be dataclasses, or tuples of them.
+        values: of its fields by name.
+        where: what comes before the names of fields in errors.
+
+    Raises:
+        ConfigError: a field that there is not, that is missing or has a wrong value, by name.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'config'}: expected an object, got {values!r}")
     hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        defaults = (field.default, field.default_factory)
+        if field.name not in values and all(each is dataclasses.MISSING for each in defaults):
+            raise ConfigError(f"{field_path(where, field.name)}: expected a value, it is missing")
     arguments = {}
     for name, value in values.items():
         path = field_path(where, name)
         if name not in hints:
             known = ", ".join(hints)
-            raise ConfigError(f"{path}: there is no such field; expected one of {known}")
+            close = difflib.get_close_matches(str(name), hints, 1)
+            meant = f". Did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{path}: there is no such field; expected one of {known}{meant}")
         if dataclasses.is_dataclass(hints[name]):
             value = from_dict(hints[name], value, path)
-        elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):
+        elif typing.get_origin(hints[name]) is tuple and not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: expected a list, got {value!r}")
+        elif typing.get_origin(hints[name]) is tuple:
             value = tuple(value)
             element = typing.get_args(hints[name])[0]
             if dataclasses.is_dataclass(element):

@@ -5,6 +5,8 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,8 @@ class DatasetConfig:
     features: str | None = None
 
     def __post_init__(self) -> None:
-        where = "datasets"
+        # By its name, which says more than its place in the list.
+        where = f"datasets.{self.name}" if isinstance(self.name, str) else "datasets"
         check_fields(self, where)
         one_of(f"{where}.kind", self.kind, KINDS)
         one_of(f"{where}.unusual_images", self.unusual_images, UNUSUAL_IMAGES)
@@ -207,17 +210,66 @@ class TrainConfig:
             raise ConfigError(f"datasets: expected different names, got {', '.join(names)}")
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "TrainConfig":
+    def from_yaml(
+        cls, path: str | Path, defaults: Mapping[str, Any] | None = None
+    ) -> "TrainConfig":
         """Of a file; fields that are not there have their defaults.
 
+        Arguments:
+            path: of the file. Paths in it are seen from the current folder.
+            defaults: of fields, in place of the class's; such as `FINETUNING`.
+
         Raises:
-            ConfigError: not YAML, a field that there is not, or a wrong value, by its name.
+            ConfigError: not YAML, a field that there is not, that is missing or has a wrong value,
+                by its name.
+            OSError: the file can't be read.
             ImportError: PyYAML is not installed.
         """
-        yaml = require("yaml", "train")
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{path}: expected YAML ({reason})") from None
+        values = _read_yaml(path)
+        if isinstance(values, dict):
+            values = merge(defaults or {}, values)
         return from_dict(cls, values, "")
+
+
+FINETUNING: dict[str, Any] = {
+    "unfreeze_vision": True,
+    "image_size": 480,
+    "optimizer": {"lr": 1e-5, "warmup_steps": 100},
+}
+"""Defaults of `flamingo-fast finetune`: a short schedule, a small learning rate and the vision
+encoder unfrozen (section 3.2), images of 480 x 480 (appendix B.2.2). The optimizer's numbers are
+ours."""
+
+
+def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values in place of its own; dicts in both are merged."""
+    merged = dict(base)
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(base.get(name), Mapping):
+            value = merge(base[name], value)
+        merged[name] = value
+    return merged
+
+
+def _read_yaml(path: str | Path) -> Any:
+    yaml = require("yaml", "train")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        """YAML 1.2's numbers: in 1.1's 1e-4 is text. A key that is there twice is an error."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                name = self.construct_object(key, deep=True)
+                if isinstance(name, str) and name in seen:
+                    raise ConfigError(f"{name}: expected it once, line {key.start_mark.line + 1}")
+                seen.add(str(name))
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(Path(path).read_text(), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: expected YAML ({reason})") from None
