@@ -56,6 +56,7 @@ class MediaLayout:
             said by who makes the layout and never follows from a batch, whose other samples would
             otherwise change a sample's bits.
         is_packed: samples hold several documents, as `packed` makes them.
+        tells_past_last: whether `past_last` tells such tokens from those that attend to nothing.
     """
 
     media_start: torch.Tensor
@@ -71,13 +72,14 @@ class MediaLayout:
     max_media: int
     max_media_per_token: int
     is_packed: bool
+    tells_past_last: bool
 
     @classmethod
     def from_media_locations(
         cls,
         media_locations: torch.Tensor,
         num_media: int | Sequence[int] | torch.Tensor,
-        attend: str = "previous",
+        attend: str | Sequence[str] = "previous",
         *,
         media_total: int | None = None,
         media_seqlens: torch.Tensor | None = None,
@@ -86,13 +88,16 @@ class MediaLayout:
 
         An image token itself attends to its image. With more image tokens than media, the tokens
         from the first image token too many on attend to none ("all_previous": to all). With "next"
-        so do the tokens after the last image token; they are past the last medium too.
+        so do the tokens after the last image token. They are not past the last medium, as no image
+        tokens without media came before them; where a sample has "next", of no token that is told.
 
         Arguments:
             media_locations: (B, L) bool, True at image tokens (OpenFlamingo's argument).
             num_media: media of every sample, or of each: B numbers, or a (B,) integer tensor.
             attend: "previous": the last medium before the token (Flamingo, section 2.3); "next":
-                the first one after it (its appendix A.3.2, and Otter); "all_previous".
+                the first one after it (its appendix A.3.2, and Otter); "all_previous". Of all
+                samples, or of each: B of them. With "all_previous" among them, kernels are those of
+                several media a token for all.
             media_total: the sum of `num_media`, needed if that is a tensor on a GPU.
             media_seqlens: (media_total,) integers, valid tokens of each medium.
 
@@ -100,14 +105,14 @@ class MediaLayout:
             TypeError, ValueError: a wrong argument, by name.
         """
         _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
-        _check_attend(attend)
         batch = media_locations.shape[0]
         device = media_locations.device
         with _no_inference_tensors():
+            modes = _attend_modes(attend, batch, device, "samples")
             cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
             text_time = media_locations.cumsum(1, dtype=torch.int32)
             media_start, media_end = _intervals(
-                text_time, media_locations, cu_media.diff()[:, None], attend
+                text_time, media_locations, cu_media.diff()[:, None], _by_token(modes)
             )
             layout = cls._with_schedule(
                 media_start,
@@ -116,8 +121,9 @@ class MediaLayout:
                 _seqlens(media_seqlens, media_total, device),
                 media_total,
                 max_media,
-                _several(max_media) if attend == "all_previous" else 1,
+                _per_token(attend, max_media),
                 in_order=True,
+                tells_past_last=not _has(attend, "next"),
             )
         if media_seqlens is not None:
             layout._validate_on_cpu()
@@ -129,7 +135,7 @@ class MediaLayout:
         media_locations: torch.Tensor,
         num_media: int | Sequence[int] | torch.Tensor,
         num_tokens: int,
-        attend: str = "previous",
+        attend: str | Sequence[str] = "previous",
         *,
         media_total: int | None = None,
         media_seqlens: torch.Tensor | None = None,
@@ -141,15 +147,15 @@ class MediaLayout:
             num_media, attend, media_total, media_seqlens: as for `from_media_locations`.
         """
         _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
-        _check_attend(attend)
         if not _is_count(num_tokens):
             raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens!r}")
         batch, device = media_locations.shape[0], media_locations.device
         with _no_inference_tensors():
+            modes = _by_token(_attend_modes(attend, batch, device, "samples"))
             cu_media, media_total, max_media = _count_media(num_media, batch, media_total, device)
             text_time = media_locations.sum(1, dtype=torch.int32)[:, None].expand(-1, num_tokens)
             none = torch.zeros((), dtype=torch.bool, device=device)
-            media_start, media_end = _intervals(text_time, none, cu_media.diff()[:, None], attend)
+            media_start, media_end = _intervals(text_time, none, cu_media.diff()[:, None], modes)
             return cls._with_schedule(
                 media_start,
                 media_end,
@@ -157,8 +163,9 @@ class MediaLayout:
                 _seqlens(media_seqlens, media_total, device),
                 media_total,
                 max_media,
-                _several(max_media) if attend == "all_previous" else 1,
+                _per_token(attend, max_media),
                 in_order=True,
+                tells_past_last=not _has(attend, "next"),
             )
 
     @classmethod
@@ -320,7 +327,7 @@ class MediaLayout:
         media_locations: torch.Tensor,
         cu_seqlens: torch.Tensor | Sequence[int],
         num_media: int | Sequence[int] | torch.Tensor,
-        attend: str = "previous",
+        attend: str | Sequence[str] = "previous",
         *,
         media_total: int | None = None,
         media_seqlens: torch.Tensor | None = None,
@@ -335,18 +342,19 @@ class MediaLayout:
                 without media.
             num_media: media of every document, or of each: numbers or a (documents,) tensor. k and
                 v have them in the order of the documents.
-            attend, media_total, media_seqlens: as for `from_media_locations`.
+            attend: as for `from_media_locations`, of all documents or of each.
+            media_total, media_seqlens: as there.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name.
         """
         _check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
-        _check_attend(attend)
         batch, seqlen = media_locations.shape
         device = media_locations.device
         with _no_inference_tensors():
-            cu_seqlens = _boundaries(cu_seqlens, batch, seqlen, device)
+            cu_seqlens = document_boundaries(cu_seqlens, batch, seqlen, device)
             documents = len(cu_seqlens) - 1
+            modes = _attend_modes(attend, documents, device, "documents")
             cu_documents, media_total, most = _count_media(
                 num_media, documents, media_total, device
             )
@@ -361,8 +369,11 @@ class MediaLayout:
             images = torch.zeros(batch * seqlen + 1, dtype=torch.int32, device=device)
             torch.cumsum(media_locations.flatten(), 0, out=images[1:])
             text_time = images[1:] - images[cu_seqlens[document]]
+            if isinstance(modes, torch.Tensor):
+                # What the last one attends to is not there.
+                modes = torch.cat([modes, modes[-1:]])[document]
             media_start, media_end = _intervals(
-                text_time, media_locations.flatten(), cu_documents.diff()[document], attend
+                text_time, media_locations.flatten(), cu_documents.diff()[document], modes
             )
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
             first = torch.searchsorted(cu_seqlens[:-1].contiguous(), starts, out_int32=True)
@@ -378,9 +389,10 @@ class MediaLayout:
                 int(cu_media.diff().max())
                 if values_are_at_hand(cu_media) and batch
                 else media_total,
-                _several(most) if attend == "all_previous" else 1,
+                _per_token(attend, most),
                 in_order=False,
                 is_packed=True,
+                tells_past_last=False,
             )
         layout._validate_on_cpu()
         return layout
@@ -398,6 +410,7 @@ class MediaLayout:
         in_order: bool,
         media_bits: torch.Tensor | None = None,
         is_packed: bool = False,
+        tells_past_last: bool = True,
     ) -> "MediaLayout":
         """`in_order`: the media of a sample's tokens never go back, rows without one included."""
         work_items = split_media = row_index = None
@@ -423,6 +436,7 @@ class MediaLayout:
             max_media,
             max_media_per_token,
             is_packed,
+            tells_past_last,
         )
 
     @property
@@ -454,9 +468,9 @@ class MediaLayout:
     def past_last(self) -> torch.Tensor:
         """(B, L) bool: whether more image tokens came before the token than there are media.
 
-        Not told for packed documents: False.
+        Not told for packed documents, nor with "next" (`tells_past_last`): False.
         """
-        if self.is_packed:
+        if not self.tells_past_last:
             return torch.zeros_like(self.media_start, dtype=torch.bool)
         num_media = self.cu_media.diff()[:, None]
         return (self.media_start == num_media) & (self.media_end == num_media) & (num_media > 0)
@@ -470,6 +484,8 @@ class MediaLayout:
             unattended: of tokens that attend to nothing, those past the last medium aside.
             past_last: of these.
         """
+        if not unattended and not self.tells_past_last:
+            return None
         made_of = (self.media_start, self.media_end, self.cu_media)
         is_cuda = self.media_start.is_cuda
         may_keep = not (
@@ -545,6 +561,7 @@ class MediaLayout:
                 in_order,
                 media_bits,
                 self.is_packed,
+                self.tells_past_last,
             )
 
     @staticmethod
@@ -588,13 +605,16 @@ class MediaLayout:
                 for name in ("media_start", "media_end")
             )
             per_token = max(layout.max_media_per_token for layout in layouts)
+            tells_past_last = all(layout.tells_past_last for layout in layouts)
             max_media = max(layout.max_media for layout in layouts)
             bits = None
             if per_token > 1 and any(layout.media_bits is not None for layout in layouts):
                 bits = torch.cat([layout._bits(max_media) for layout in layouts], dim)
                 end = torch.where(bits.ne(0).any(2), end, start)
             if dim == 1:
-                combined = dataclasses.replace(first, max_media_per_token=per_token)
+                combined = dataclasses.replace(
+                    first, max_media_per_token=per_token, tells_past_last=tells_past_last
+                )
                 return combined._with_tokens(start, end, bits, in_order=False)
             offsets = itertools.accumulate((layout.media_total for layout in layouts), initial=0)
             cu_media = torch.cat(
@@ -615,6 +635,7 @@ class MediaLayout:
                 in_order=all(layout.row_index is None for layout in layouts),
                 media_bits=bits,
                 is_packed=first.is_packed,
+                tells_past_last=tells_past_last,
             )
 
     def _bits(self, max_media: int) -> torch.Tensor:
@@ -761,8 +782,8 @@ class MediaLayout:
         return ax
 
 
-_TENSORS = [field.name for field in dataclasses.fields(MediaLayout)][:-4]
-_SIZES = [field.name for field in dataclasses.fields(MediaLayout)][-4:]
+_TENSORS = [field.name for field in dataclasses.fields(MediaLayout)][:-5]
+_SIZES = [field.name for field in dataclasses.fields(MediaLayout)][-5:]
 
 
 def _flatten(layout: MediaLayout) -> tuple[list[torch.Tensor], list[Any]]:
@@ -817,21 +838,60 @@ def _several(max_media: int) -> int:
     return max(max_media, 2)
 
 
-def _check_attend(attend: str) -> None:
-    if attend not in ATTEND:
-        raise ValueError(f"attend: expected one of {', '.join(ATTEND)}; got {attend!r}")
+def _attend_modes(
+    attend: str | Sequence[str], count: int, device: torch.device, of_what: str
+) -> str | torch.Tensor:
+    """`attend` if it is of all; or each one's place in ATTEND, (count,) int32."""
+    names = [attend] if isinstance(attend, str) or not isinstance(attend, Sequence) else attend
+    for each in names:
+        if each not in ATTEND:
+            raise ValueError(f"attend: expected one of {', '.join(ATTEND)}; got {each!r}")
+    if isinstance(attend, str):
+        return attend
+    if len(names) != count:
+        raise ValueError(f"attend: expected one for each of {count} {of_what}, got {len(names)}")
+    if len(set(names)) <= 1:
+        return names[0] if names else ATTEND[0]
+    modes = torch.tensor([ATTEND.index(each) for each in names], dtype=torch.int32, device="cpu")
+    return modes.to(device, non_blocking=True)
+
+
+def _by_token(modes: str | torch.Tensor) -> str | torch.Tensor:
+    return modes[:, None] if isinstance(modes, torch.Tensor) else modes
+
+
+def _has(attend: str | Sequence[str], name: str) -> bool:
+    return attend == name or (not isinstance(attend, str) and name in attend)
+
+
+def _per_token(attend: str | Sequence[str], max_media: int) -> int:
+    """max_media_per_token."""
+    return _several(max_media) if _has(attend, "all_previous") else 1
 
 
 def _intervals(
-    text_time: torch.Tensor, media_locations: torch.Tensor, num_media: torch.Tensor, attend: str
+    text_time: torch.Tensor,
+    media_locations: torch.Tensor,
+    num_media: torch.Tensor,
+    modes: str | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(media_start, media_end); text_time: image tokens so far, num_media: there are."""
-    if attend == "next":
-        text_time = text_time + ~media_locations
+    """(media_start, media_end); text_time: image tokens so far, num_media: there are.
+
+    `modes`: of all tokens; or the places in ATTEND of each one's, broadcast to text_time.
+    """
+    is_next, is_all = (
+        modes == ATTEND.index(name) if isinstance(modes, torch.Tensor) else modes == name
+        for name in ("next", "all_previous")
+    )
+    if is_next is not False:
+        text_time = text_time + (~media_locations & is_next)
     media_end = torch.minimum(text_time, num_media)
-    if attend == "all_previous":
+    if is_all is True:
         return torch.zeros_like(media_end), media_end
-    return torch.minimum((text_time - 1).clamp_(min=0), num_media), media_end
+    media_start = torch.minimum((text_time - 1).clamp_(min=0), num_media)
+    if is_all is not False:
+        media_start = media_start.masked_fill(is_all, 0)
+    return media_start, media_end
 
 
 def _as_bool_mask(mask: torch.Tensor, shape: tuple[str, ...]) -> torch.Tensor:
@@ -870,7 +930,7 @@ def _to_bits(mask: torch.Tensor) -> torch.Tensor:
     return (padded.unflatten(2, (words, _WORD)).long() << bits).sum(3)
 
 
-def _boundaries(
+def document_boundaries(
     cu_seqlens: torch.Tensor | Sequence[int], batch: int, seqlen: int, device: torch.device
 ) -> torch.Tensor:
     """cu_seqlens of documents as int32 on `device`, validated where it is on a CPU."""

@@ -72,6 +72,32 @@ def test_against_a_loop_over_tokens(attend, seed):
     layout.validate()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_each_sample_attends_as_it_is_told(seed):
+    """As in a batch of its own; and tokens that come after the last medium are not past it."""
+    locations, num_media, _ = _random_layout(seed, "previous")
+    attend = [ATTEND[(seed + sample) % 3] for sample in range(len(num_media))]
+    layout = MediaLayout.from_media_locations(locations, num_media, attend)
+    after = MediaLayout.after_media(locations, num_media, 2, tuple(attend))
+    assert not layout.past_last().any() or "next" not in attend
+    for sample, (own, count) in enumerate(zip(attend, num_media, strict=True)):
+        alone = MediaLayout.from_media_locations(locations[sample : sample + 1], count, own)
+        assert torch.equal(layout.to_mask()[sample, :, :count], alone.to_mask()[0])
+        alone_after = MediaLayout.after_media(locations[sample : sample + 1], count, 2, own)
+        assert torch.equal(after.to_mask()[sample, :, :count], alone_after.to_mask()[0])
+        assert alone.tells_past_last == (own != "next")
+
+
+def test_samples_that_all_attend_alike_are_a_batch_that_does():
+    locations = _locations("..i.i", "i....")
+    for attend in ATTEND:
+        layout = MediaLayout.from_media_locations(locations, [2, 1], [attend] * 2)
+        assert layout == MediaLayout.from_media_locations(locations, [2, 1], attend)
+    mixed = MediaLayout.from_media_locations(locations, [2, 1], ["previous", "next"])
+    assert mixed.max_media_per_token == 1 and mixed.row_index is None
+    assert MediaLayout.cat([mixed, mixed]).past_last().any().item() is False
+
+
 def test_small_layouts_by_hand():
     locations = _locations("..i.ii.")
     previous = MediaLayout.from_media_locations(locations, 3)
@@ -473,6 +499,9 @@ START = torch.zeros(2, 4, dtype=torch.int32)
             "attend: expected one of previous, next, all_previous; got 'last'",
             {"attend": "last"},
         ),
+        (ValueError, "attend: expected one of .*; got 'last'", {"attend": ["next", "last"]}),
+        (ValueError, "attend: expected one for each of 2 samples, got 1", {"attend": ["next"]}),
+        (ValueError, "attend: expected one of .*; got None", {"attend": None}),
         (ValueError, "num_media: expected an integer >= 0, got -1", {"num_media": -1}),
         (ValueError, r"num_media: expected .* 2 of them .* got \[2\]", {"num_media": [2]}),
         (ValueError, r"num_media: .* got \[2, -1\]", {"num_media": [2, -1]}),

@@ -322,16 +322,17 @@ class Packed:
         cu_seqlens = list(itertools.accumulate(map(len, self.documents), initial=0))
         return locations, cu_seqlens, self.counts
 
-    def expected(self, attend: str) -> tuple[torch.Tensor, list[int]]:
+    def expected(self, attend: str | list[str]) -> tuple[torch.Tensor, list[int]]:
         """The mask from each document alone, and the media of each row of the batch."""
         counts = iter(self.counts)
+        attends = iter([attend] * len(self.documents) if isinstance(attend, str) else attend)
         masks, per_row = [], []
         locations, *_ = self.arguments()
         for row in self.rows:
             blocks = []
             for document in row:
                 alone = MediaLayout.from_media_locations(
-                    _locations(document).bool(), next(counts), attend
+                    _locations(document).bool(), next(counts), next(attends)
                 )
                 blocks.append(alone.to_mask()[0])
             masks.append(torch.block_diag(*blocks))
@@ -400,6 +401,16 @@ def test_random_packed_documents(seed, attend):
     expected, _ = case.expected(attend)
     _assert_attends_as(layout, expected)
     _assert_media_rows(layout, expected, exact=True)
+
+
+@pytest.mark.parametrize("of_all", [ATTEND[:2], ATTEND])
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED.keys())
+def test_each_packed_document_attends_as_it_is_told(case, of_all):
+    attend = [of_all[index % len(of_all)] for index in range(len(case.documents))]
+    layout = MediaLayout.packed(*case.arguments(), attend)
+    _assert_attends_as(layout, case.expected(attend)[0])
+    has_all = "all_previous" in attend
+    assert layout.max_media_per_token == (max(*case.counts, 2) if has_all else 1)
 
 
 def test_forms_of_the_arguments_of_packed():
@@ -876,6 +887,7 @@ def test_wrong_arguments_of_from_tile_mask(error, message, changed):
             {"media_locations": torch.zeros(4, dtype=torch.bool)},
         ),
         (ValueError, "attend: expected one of previous, next, all.*'all'", {"attend": "all"}),
+        (ValueError, "attend: expected one for each of 2 documents", {"attend": ["next"] * 3}),
         (TypeError, "cu_seqlens: expected a tensor or integers >= 0, got 8", {"cu_seqlens": 8}),
         (
             TypeError,
