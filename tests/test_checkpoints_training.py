@@ -61,6 +61,21 @@ def test_state_and_extra_come_back_and_old_checkpoints_go(tmp_path):
     assert checkpoints.load(zeros()) == {"lanes": {"0": [15, None]}}
 
 
+def test_parts_of_a_checkpoint_are_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(5, state_of(5), {"lanes": 3})
+    assert checkpoints.extra(path) == {"lanes": 3}
+    weight = torch.zeros(5, 3)
+    with pytest.raises(CheckpointError, match="model.gate"):
+        checkpoints.load({"model": {"weight": weight}}, path)
+    checkpoints.load({"model": {"weight": weight}}, path, partial=True)
+    torch.testing.assert_close(weight, state_of(5)["model"]["weight"], rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="model.bias"):
+        checkpoints.load({"model": {"bias": weight}}, path, partial=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoints.extra(tmp_path / "absent")
+
+
 def test_a_step_saved_again_takes_the_first_ones_place(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(5, state_of(1), {"which": "first"})

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from flamingo_fast.models.saving import CheckpointError
+from flamingo_fast.training.pieces import checkpointable
 
 _T = TypeVar("_T")
 
@@ -71,7 +72,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The last of them; None: there is none."""
-        return _on_first_rank(lambda: next(reversed(self._by_step().values()), None))
+        return on_first_rank(lambda: next(reversed(self._by_step().values()), None))
 
     def clean(self) -> None:
         """Removes what saves that were killed left.
@@ -82,7 +83,7 @@ class Checkpoints:
             SaveError: it can't be removed.
         """
         with self._errors("can't clean"):
-            _on_first_rank(self._clean)
+            on_first_rank(self._clean)
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
         """Writes a checkpoint, then removes old ones; returns its folder.
@@ -131,17 +132,30 @@ class Checkpoints:
 
         with self._errors(f"can't save step {step}"):
             try:
-                _on_first_rank(begin)
+                on_first_rank(begin)
                 _dcp_save(tensors, partial / _STATE)
-                _on_first_rank(finish)
+                on_first_rank(finish)
             except BaseException:
                 if _is_first_rank():
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
         return final
 
+    def extra(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The `extra` of the save, of the checkpoint `path`.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointError: a broken file.
+        """
+        return on_first_rank(lambda: _read_extra(Path(path)))
+
     def load(
-        self, state: Mapping[str, Any], path: str | os.PathLike[str] | None = None
+        self,
+        state: Mapping[str, Any],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        partial: bool = False,
     ) -> dict[str, Any]:
         """Fills the tensors of `state` in place; returns the `extra` of the save.
 
@@ -149,6 +163,7 @@ class Checkpoints:
             state: as `save` takes it, from the model as it is now: on any number of ranks, and
                 sharded as they are.
             path: of a checkpoint; by default the latest.
+            partial: whether the checkpoint may have more than `state`.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -161,16 +176,16 @@ class Checkpoints:
         tensors = _flattened(state)
 
         def begin() -> tuple[dict[str, Any], Mapping[str, Any]]:
-            if not folder.is_dir():
-                raise FileNotFoundError(f"no checkpoint {folder}")
+            extra = _read_extra(folder)
             try:
-                extra = json.loads((folder / _EXTRA).read_text())["extra"]
                 saved = _Reader(folder / _STATE).read_metadata().state_dict_metadata
             except (OSError, ValueError, LookupError, EOFError, pickle.PickleError) as error:
                 raise CheckpointError(f"{folder}: broken checkpoint ({_one_line(error)})") from None
             return extra, saved
 
-        extra, saved = _on_first_rank(begin)
+        extra, saved = on_first_rank(begin)
+        if partial:
+            saved = {name: each for name, each in saved.items() if name in tensors}
         _check_same(folder, tensors, saved)
         try:
             with _one_process_is_meant():
@@ -320,13 +335,23 @@ def _flattened(state: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Te
         if isinstance(value, Mapping):
             inner = _flattened(value, f"{name}.")
         elif isinstance(value, torch.Tensor):
-            inner = {name: value}
+            inner = {name: checkpointable(value)}
         else:
             raise TypeError(f"state: {name}: expected a tensor, got {type(value).__name__}")
         if twice := found.keys() & inner.keys():
             raise ValueError(f"state: expected different names, got {sorted(twice)[0]} twice")
         found |= inner
     return found
+
+
+def _read_extra(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint {folder}")
+    try:
+        extra: dict[str, Any] = json.loads((folder / _EXTRA).read_text())["extra"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder}: broken checkpoint ({_one_line(error)})") from None
+    return extra
 
 
 def _write(path: Path, text: str) -> None:
@@ -360,8 +385,11 @@ def _is_first_rank() -> bool:
     return not _is_distributed() or dist.get_rank() == 0
 
 
-def _on_first_rank(action: Callable[[], _T]) -> _T:
-    """What it returns there, on all ranks; they all raise what it raises, too."""
+def on_first_rank(action: Callable[[], _T]) -> _T:
+    """What it returns there, on all ranks; they all raise what it raises, too.
+
+    Both are pickled.
+    """
     outcome: list[Any] = [None, None]
     if _is_first_rank():
         try:
