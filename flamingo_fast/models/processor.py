@@ -4,6 +4,7 @@ B prompts, L tokens of the longest, F frames of a medium, H and W their height a
 """
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 class MediaError(ValueError):
     """An image or video that can't be read or used; says where in the prompts it is."""
+
+
+class VideoTooLargeError(MediaError):
+    """A video whose frames have more pixels than they may."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +159,7 @@ class FlamingoProcessor:
         image_token: str = "<image>",
         eoc_token: str | None = "<|endofchunk|>",
         num_frames: int | None = None,
+        image_transform: Callable[["PIL.Image.Image"], torch.Tensor] | None = None,
         **transform: Any,
     ) -> "FlamingoProcessor":
         """For a model.
@@ -164,6 +170,7 @@ class FlamingoProcessor:
             tokenizer, image_token: see the class.
             eoc_token: see the class; without effect where `config.eoc_token_id` is None.
             num_frames: see the class; None: as many as the resampler has embeddings for, or 8.
+            image_transform: see the class; None: what the encoder's weights want.
             transform: arguments of `timm.data.create_transform` that replace the encoder's.
                 `crop_mode="border", crop_pct=1.0` pads images to a square as the paper does
                 (appendix B.1.2).
@@ -172,8 +179,9 @@ class FlamingoProcessor:
             ConfigError: the tokens have other ids in the tokenizer than in the config, or timm
                 does not know the vision encoder.
         """
-        create_transform = require("timm.data").create_transform
-        image_transform = create_transform(**data_config(config.vision) | transform)
+        if image_transform is None:
+            create_transform = require("timm.data").create_transform
+            image_transform = create_transform(**data_config(config.vision) | transform)
         if num_frames is None:
             num_frames = config.resampler.max_num_frames or _NUM_FRAMES
         if config.eoc_token_id is None:
@@ -292,7 +300,7 @@ class FlamingoProcessor:
         num_frames = self.num_frames if part.num_frames is None else part.num_frames
         _check_num_frames(f"{where}.num_frames", num_frames)
         if isinstance(source, str | os.PathLike):
-            frames: Sequence[Any] = _decode_video(Path(source), num_frames, where)
+            frames: Sequence[Any] = decode_video(Path(source), num_frames, where)
         elif isinstance(source, torch.Tensor):
             if source.dim() != 4 or source.shape[1] != 3:
                 raise MediaError(
@@ -349,9 +357,9 @@ def _load_image(source: Any, where: str) -> "PIL.Image.Image":
         )
     try:
         if opened is not None:
-            return _to_rgb(opened)
+            return to_rgb(opened)
         with pil.open(source) as opened:
-            return _to_rgb(opened)
+            return to_rgb(opened)
     except MemoryError:
         raise
     # Broken files make Pillow's decoders raise nearly anything.
@@ -378,7 +386,15 @@ def _of_tensor(pixels: torch.Tensor, where: str) -> "PIL.Image.Image":
     return require("PIL.Image").fromarray(pixels.cpu().permute(1, 2, 0).contiguous().numpy())
 
 
-def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """An image of any kind in RGB of 8 bits, its first frame, turned as its EXIF says.
+
+    Transparent ones are put on white.
+
+    Raises:
+        ValueError: pixels of floating point, or of more than 16 bits.
+        Exception: nearly any, where the image's file is broken.
+    """
     image = require("PIL.ImageOps").exif_transpose(image)
     if image.mode in _SIXTEEN_BITS:
         # Pillow's own conversion cuts all above 255.
@@ -396,31 +412,58 @@ def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     return image.convert("RGB")
 
 
-def _decode_video(path: Path, num_frames: int, where: str) -> "list[PIL.Image.Image]":
+def decode_video(
+    source: Path | bytes, num_frames: int, where: str, max_pixels: int | None = None
+) -> "list[PIL.Image.Image]":
+    """Frames of a video in RGB, evenly.
+
+    Arguments:
+        source: its file, or the bytes of one.
+        num_frames: at most so many.
+        where: for messages.
+        max_pixels: of a frame at most; None: as many as there are.
+
+    Raises:
+        MediaError: a file that there is not, or one that can't be decoded; `VideoTooLargeError`:
+            of larger frames.
+        ImportError: PyAV is not installed.
+    """
     av = require("av")
-    if not path.exists():
-        raise MediaError(f"{where}: there is no file {path}")
+    name = "video" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not source.exists():
+        raise MediaError(f"{where}: there is no file {name}")
     try:
-        with av.open(str(path)) as container:
+        with _open_video(source) as container:
             if not container.streams.video:
-                raise MediaError(f"{where}: {path} has no video")
+                raise MediaError(f"{where}: {name} has no video")
+            context = container.streams.video[0].codec_context
             # PyAV before 18 crashes where it decodes without one.
-            if container.streams.video[0].codec_context is None:
-                raise MediaError(f"{where}: {path} can't be read: there is no decoder for it")
+            if context is None:
+                raise MediaError(f"{where}: {name} can't be read: there is no decoder for it")
+            if max_pixels is not None and context.width * context.height > max_pixels:
+                raise VideoTooLargeError(
+                    f"{where}: expected at most {max_pixels} pixels, got "
+                    f"{context.width} x {context.height}"
+                )
             count = sum(1 for packet in container.demux(video=0) if packet.size)
-        frames, seen = _frames_at(path, _evenly(count, num_frames))
+        frames, seen = _frames_at(source, _evenly(count, num_frames))
         if len(frames) < min(count, num_frames):
             # Some packets held no frame.
-            frames, _ = _frames_at(path, _evenly(seen, num_frames))
+            frames, _ = _frames_at(source, _evenly(seen, num_frames))
         return frames
     except (av.FFmpegError, EOFError) as error:
-        raise MediaError(f"{where}: {path} can't be read: {error}") from error
+        raise MediaError(f"{where}: {name} can't be read: {error}") from error
 
 
-def _frames_at(path: Path, indices: list[int]) -> "tuple[list[PIL.Image.Image], int]":
+def _open_video(source: Path | bytes) -> Any:
+    """A container; from the start each time."""
+    return require("av").open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+
+
+def _frames_at(source: Path | bytes, indices: list[int]) -> "tuple[list[PIL.Image.Image], int]":
     """The frames at `indices`, and how many were decoded until the last of them."""
     frames, seen, wanted = [], 0, set(indices)
-    with require("av").open(str(path)) as container:
+    with _open_video(source) as container:
         for frame in container.decode(video=0):
             if seen in wanted:
                 # Phones write frames as the sensor lies, and how to turn them.

@@ -208,7 +208,7 @@ def scan(path: str) -> "tuple[array.array[int], str | None]":
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     # Not its iterator, which keeps what it has read.
                     while (member := tar.next()) is not None:
-                        tar.members.clear()
+                        tar.members.clear()  # type: ignore[attr-defined]
                         _check_size(member)
                         name = _key_and_suffix(member)
                         if name is not None and name[0] != current:
