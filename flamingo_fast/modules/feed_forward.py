@@ -14,6 +14,15 @@ from flamingo_fast.ops.feed_forward import check_activation, feed_forward
 from flamingo_fast.ops.gated_residual import gated_residual
 
 
+def activation_name(activation: nn.Module | None) -> str | None:
+    """As `feed_forward` takes it; None: it takes no such activation."""
+    if isinstance(activation, SquaredReLU):
+        return "squared_relu"
+    if isinstance(activation, nn.GELU) and activation.approximate == "none":
+        return "gelu"
+    return None
+
+
 class FeedForward(nn.Sequential):
     """linear(activation(linear(norm(x)))), with OpenFlamingo's state-dict keys.
 
@@ -81,11 +90,7 @@ class FeedForward(nn.Sequential):
         _, up, activation, down = modules
         if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
             return None
-        if isinstance(activation, SquaredReLU):
-            return "squared_relu"
-        if isinstance(activation, nn.GELU) and activation.approximate == "none":
-            return "gelu"
-        return None
+        return activation_name(activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
