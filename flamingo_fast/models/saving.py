@@ -50,6 +50,7 @@ def save_pretrained(
     *,
     max_shard_bytes: int = 5 * 10**9,
     trainable_only: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes config and weights, for `from_pretrained`.
 
@@ -63,6 +64,8 @@ def save_pretrained(
             weights that are not in the CPU's memory, or not contiguous, are copied to it.
         trainable_only: leaves the frozen weights of the vision encoder and of the language model
             out; then `from_pretrained` has them from where the config says, or from its arguments.
+        state_dict: in place of the model's, with its keys; such as whole tensors of a model that is
+            sharded. Of tied weights one is enough.
 
     Raises:
         ValueError: max_shard_bytes below 1; a model on the meta device.
@@ -71,7 +74,7 @@ def save_pretrained(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
     save_file = require("safetensors.torch").save_file
-    shards = _shards(_to_save(model, trainable_only), max_shard_bytes)
+    shards = _shards(_to_save(model, trainable_only, state_dict), max_shard_bytes)
     names = [_WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -163,9 +166,12 @@ def from_pretrained(
     return model.eval()
 
 
-def _to_save(model: Flamingo, trainable_only: bool) -> dict[str, torch.Tensor]:
-    check_nothing_on_meta(model, "model")
-    state = model.state_dict()
+def _to_save(
+    model: Flamingo, trainable_only: bool, state_dict: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    if state_dict is None:
+        check_nothing_on_meta(model, "model")
+    state = model.state_dict() if state_dict is None else state_dict
     if trainable_only:
         frozen = _frozen_keys(model)
         state = {key: state[key] for key in state if key not in frozen}

@@ -136,7 +136,7 @@ class Checkpoints:
                 _dcp_save(tensors, partial / _STATE)
                 on_first_rank(finish)
             except BaseException:
-                if _is_first_rank():
+                if is_first_rank():
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
         return final
@@ -381,7 +381,7 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
     return not _is_distributed() or dist.get_rank() == 0
 
 
@@ -391,7 +391,7 @@ def on_first_rank(action: Callable[[], _T]) -> _T:
     Both are pickled.
     """
     outcome: list[Any] = [None, None]
-    if _is_first_rank():
+    if is_first_rank():
         try:
             outcome[0] = action()
         except Exception as error:
