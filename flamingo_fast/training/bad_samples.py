@@ -63,7 +63,7 @@ class BadSample(ValueError):
         if reason not in REASONS:
             raise ValueError(f"reason: expected one of {', '.join(REASONS)}; got {reason!r}")
         # Messages of decoders may have lines and parts of the data in them.
-        self.reason, self.detail = reason, " ".join(detail.split())[:_DETAIL_CHARS]
+        self.reason, self.detail = reason, _printable(" ".join(detail.split())[:_DETAIL_CHARS])
         super().__init__(f"{reason}: {self.detail}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
@@ -117,19 +117,19 @@ class Outcomes:
     def add_used(self, key: str, shard: str, *, is_converted: bool = False) -> None:
         """A sample that is used; `is_converted`: with an unusual image among its media."""
         if is_converted:
-            self._add(CONVERTED, Example(key, shard, "converted to RGB of 8 bits"))
+            self._add(CONVERTED, key, shard, "converted to RGB of 8 bits")
         else:
             self.counts[OK] += 1
 
     def add_bad(self, key: str, shard: str, error: BadSample) -> None:
         """A sample that is skipped."""
-        self._add(error.reason, Example(key, shard, error.detail))
+        self._add(error.reason, key, shard, error.detail)
 
-    def _add(self, outcome: str, example: Example) -> None:
+    def _add(self, outcome: str, key: str, shard: str, detail: str) -> None:
         self.counts[outcome] += 1
         examples = self.examples.setdefault(outcome, [])
         if len(examples) < _EXAMPLES:
-            examples.append(example)
+            examples.append(Example(_printable(key), _printable(shard), detail))
 
     def merge(self, other: "Outcomes") -> None:
         """Adds those of `other`; its examples come after those that are here."""
@@ -192,3 +192,8 @@ class Outcomes:
             f"{where}{self.bad} of {self.total} samples are bad ({self.bad / self.total:.1%}), "
             f"more than max_bad_rate, {max_bad_rate:.1%}\n{self.describe()}"
         )
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold bytes that no terminal takes."""
+    return text.encode(errors="replace").decode()
