@@ -3,7 +3,7 @@
 A step time in its sense is "the time spent to perform gradient updates on all training datasets".
 Two predictions, both of ratios to the baseline's:
 
-- flops: the step's operations alone (`model_work`), as on one accelerator that these bind;
+- flops: the step's operations alone (`models.work`), as on one accelerator that these bind;
 - flops + parameters: beside them a cost for each trainable parameter in each pass over a dataset.
   What the paper trains on adds up gradients and states of parameters over many chips. The two
   coefficients are fitted to the paper's own times.
@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
-from flamingo_fast.bench.model_work import passes, step_flops
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.params import ParameterCounts, read_table3, table3_rows
 from flamingo_fast.models.presets import table3_configs
+from flamingo_fast.models.work import passes, step_flops
 
 # Least squares of the relative errors of table 3's 18 step times.
 SECONDS_PER_PFLOP = 0.474

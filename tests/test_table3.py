@@ -17,15 +17,6 @@ pytest.importorskip("transformers")
 
 from flamingo_fast import cli, use_impl  # noqa: E402
 from flamingo_fast.bench import table3  # noqa: E402
-from flamingo_fast.bench.model_work import (  # noqa: E402
-    DATASETS,
-    Batch,
-    Flops,
-    pass_flops,
-    passes,
-    step_flops,
-    vision_work,
-)
 from flamingo_fast.models import flamingo  # noqa: E402
 from flamingo_fast.models.config import (  # noqa: E402
     ConditioningConfig,
@@ -34,6 +25,15 @@ from flamingo_fast.models.config import (  # noqa: E402
     LanguageModelConfig,
     ResamplerConfig,
     VisionConfig,
+)
+from flamingo_fast.models.work import (  # noqa: E402
+    DATASETS,
+    Batch,
+    Flops,
+    pass_flops,
+    passes,
+    step_flops,
+    vision_work,
 )
 
 TINY = FlamingoConfig(
