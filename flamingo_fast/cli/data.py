@@ -182,3 +182,63 @@ def index(shards: Shards) -> None:
     typer.echo(f"indexed {len(paths) - broken} of {len(paths)} shards")
     if broken:
         raise typer.Exit(1)
+
+
+@data_app.command()
+def encode(
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="YAML, as for `train`.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            file_okay=False, help="Folder for features; what `features` of a dataset names."
+        ),
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames that are encoded at once.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="That decode images and videos.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1. Default: a GPU if there is one.")
+    ] = None,
+) -> None:
+    """Run the frozen vision encoder over all images and videos, and keep what it makes of them.
+
+    Training then reads it in place of running the encoder, where a dataset has `features: OUT`.
+    What is there already is not made again, so that it may be stopped and started again. Media
+    that can't be used are put down as such, with the reason.
+    """
+    import torch
+
+    from flamingo_fast.models.fields import ConfigError
+    from flamingo_fast.models.saving import CheckpointError
+    from flamingo_fast.training.config import TrainConfig
+    from flamingo_fast.training.encoding import encode_features
+    from flamingo_fast.training.features import FeatureError
+    from flamingo_fast.training.model_source import find_source, make_model
+    from flamingo_fast.training.shards import ShardSet
+
+    try:
+        train = TrainConfig.from_yaml(config)
+        source = find_source(train)
+        total = sum(len(ShardSet(dataset.shards)) for dataset in train.datasets)
+        encoder = make_model(source, train.seed).vision_encoder
+        device = device or train.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        with _progress() as bar:
+            task = bar.add_task("encode", total=total)
+            done = encode_features(
+                train.datasets,
+                source.config.vision,
+                encoder.to(device, dtype),
+                out,
+                batch_size=batch_size,
+                num_threads=threads,
+                progress=lambda count: bar.advance(task, count),
+            )
+    except (ConfigError, CheckpointError, FeatureError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(
+        f"{done.samples} samples, {done.bad_samples} of them bad; {done.encoded} media encoded, "
+        f"{done.present} there before, {done.bad} that can't be used"
+    )
+    typer.echo(f"{done.folder}: {done.bytes / 1e6:.1f} MB")

@@ -200,7 +200,8 @@ class FeatureWriter:
         return name in self._infos or name in self._cache
 
     def add(self, name: str, features: torch.Tensor, *, is_unusual: bool) -> None:
-        self._tensors[name] = features.cpu().contiguous()
+        # A part of a batch would keep all of it, and safetensors wants none that share memory.
+        self._tensors[name] = features.cpu().clone(memory_format=torch.contiguous_format)
         self._put(name, {"is_unusual": True} if is_unusual else {})
 
     def add_bad(self, name: str, error: BadSample) -> None:
