@@ -248,30 +248,17 @@ class TrainStep:
         return total
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        media: dict[str, Any] = {}
-        if batch.features is not None:
-            media["features"] = batch.features
-        elif isinstance(batch.pixels, torch.Tensor):
-            media["videos"] = batch.pixels
-        elif batch.pixels is not None:
-            ends = [sum(batch.num_media[: index + 1]) for index in range(len(batch.num_media))]
-            media["videos"] = [
-                batch.pixels[end - count : end]
-                for end, count in zip(ends, batch.num_media, strict=True)
-            ]
-        for name in ("cu_seqlens", "attend"):
-            if getattr(batch, name) is not None:
-                media[name] = getattr(batch, name)
-        output = self.model(
+        return self.model(
             batch.input_ids,
+            videos=batch.pixels,
+            features=batch.features,
             attention_mask=batch.attention_mask,
             labels=batch.labels,
             num_media=batch.num_media,
-            **media,
-        )
-        # The mean of no tokens is NaN.
-        count = batch.loss_tokens()
-        return torch.where(count > 0, output.loss * count, 0.0)
+            cu_seqlens=batch.cu_seqlens,
+            attend=batch.attend,
+            loss_reduction="sum",
+        ).loss
 
     def _update(self, sums: Sequence[torch.Tensor]) -> tuple[list[float], float, bool]:
         """Sums of losses over all ranks, the gradients' norm, and whether there was an update."""
@@ -346,7 +333,8 @@ def split_batch(batch: Batch, rows: int | None) -> Iterator[Batch]:
             num_media=batch.num_media[first:last],
             attend=None if batch.attend is None else batch.attend[first:last],
             pixels=batch.pixels[of_media] if batch.pixels is not None and has_media else None,
-            features=batch.features[of_media] if batch.features is not None and has_media else None,
+            # Empty, it still says that the vision encoder is not to run: it doesn't on other ranks.
+            features=None if batch.features is None else batch.features[of_media],
             num_samples=_num_samples(labels, cu_seqlens),
         )
 
