@@ -1,24 +1,28 @@
 """Tiny runs: a tokenizer of words, shards of pictures with captions and of pages, a config."""
 
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import tarfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import PIL.Image
 import tokenizers
+import torch
 import transformers
 import yaml
-from fresh_venv import ROOT
+
+from flamingo_fast.models.fields import from_dict
+from flamingo_fast.training import checkpoints, trainer
+from flamingo_fast.training.config import TrainConfig
+from flamingo_fast.training.step import TrainStep
 
 COLORS = ["red", "green", "blue", "white", "black", "yellow"]
 WORDS = ["<pad>", "<s>", "<unk>", "<image>", "<EOC>", "a", "picture", "of", "then", *COLORS]
@@ -126,3 +130,89 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     """Lines of a run's metrics without what differs from run to run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "speed"} for line in lines]
+
+
+# Of a process that has imported what takes seconds: a run starts at once.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    [
+        "flamingo_fast.training.trainer",
+        *("timm.data", "timm.models.vision_transformer", "safetensors.torch", "webdataset"),
+        *("transformers.cache_utils", "transformers.models.auto", "tokenizers", "yaml"),
+        *("transformers.tokenization_utils_tokenizers", "transformers.utils", "PIL.Image"),
+        *("torch.distributed.fsdp", "torch._dynamo"),
+    ]
+)
+
+
+def start(values: dict[str, Any], *, ranks: int = 1, kill: str = "") -> list[Any]:
+    """Processes that train, as torchrun starts them.
+
+    Arguments:
+        kill: where they kill themselves by SIGKILL, see `_killing`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        _PROCESSES.Process(target=_train, args=(rank, ranks, port, values, kill))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[Any]) -> list[int]:
+    """Their exit codes."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def _train(rank: int, ranks: int, port: int, values: dict[str, Any], kill: str) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    config = from_dict(TrainConfig, values, "")
+    with _killing(kill) if kill else contextlib.nullcontext():
+        trainer.train(config)
+
+
+def _killing(where: str) -> Any:
+    """Kills the process in the 5th step, or in the save after the 6th."""
+
+    def dies_if(is_time: Any, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_time(*args):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    targets: dict[str, tuple[Any, str, Any]] = {
+        # Gradients are there, weights are as they were.
+        "before the update": (TrainStep, "_update", lambda step, *_: step.steps == 5),
+        # Nothing of it is on the disk; all of it is, but under another name.
+        "before tensors": (
+            checkpoints,
+            "_dcp_save",
+            lambda _, folder: folder.parent.name == ".saving-step-00000006",
+        ),
+        "before the rename": (
+            checkpoints,
+            "_sync",
+            lambda folder: folder.name == ".saving-step-00000006",
+        ),
+    }
+    owner, name, is_time = targets[where]
+    return mock.patch.object(owner, name, dies_if(is_time, getattr(owner, name)))

@@ -2,15 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from flamingo_fast.cli.app import app
-
-if TYPE_CHECKING:
-    from flamingo_fast.training.config import TrainConfig
 
 _Config = Annotated[Path, typer.Argument(help="YAML: see README, Training.")]
 _Fresh = Annotated[

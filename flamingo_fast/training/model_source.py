@@ -1,4 +1,4 @@
-"""Where the model of a run comes from, a preset, a file, a folder or a checkpoint; its tokenizer."""
+"""What the model of a run is made of: a preset, a file, a folder, a checkpoint; its tokenizer."""
 
 import dataclasses
 from pathlib import Path

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from flamingo_fast.training.batch import Batch
 from flamingo_fast.training.step import StepResult
+from flamingo_fast.training.throughput import Amount
 
 
 class Metrics:
@@ -76,9 +76,7 @@ class Interval:
     Attributes:
         loss_sums, loss_tokens: of each dataset, over its predicted tokens, of all ranks.
         grad_norms: sum of the finite ones; `finite_steps`: how many those are.
-        timed_tokens: those of loss_tokens that fall into `seconds`.
-        images: frames of this rank's batches.
-        flops: of the model on this rank's batches.
+        amount: what was in this rank's batches.
         seconds: that steps took; `data_seconds` of them went by waiting for data.
         timed_steps: how many took them.
     """
@@ -87,25 +85,22 @@ class Interval:
     loss_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     grad_norms: float = 0.0
     finite_steps: int = 0
-    timed_tokens: int = 0
-    images: int = 0
-    flops: float = 0.0
+    amount: Amount = Amount()
     seconds: float = 0.0
     data_seconds: float = 0.0
     timed_steps: int = 0
 
-    def add(self, result: StepResult, batches: Mapping[str, Batch]) -> None:
-        """A step."""
+    def add(self, result: StepResult, amount: Amount) -> None:
+        """A step, and what was in its batches."""
         self.timed_steps += 1
+        self.amount += amount
         for name, tokens in result.loss_tokens.items():
             loss = result.losses[name] * tokens
             self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss
             self.loss_tokens[name] = self.loss_tokens.get(name, 0) + tokens
-            self.timed_tokens += tokens
         if math.isfinite(result.grad_norm):
             self.grad_norms += result.grad_norm
             self.finite_steps += 1
-        self.images += sum(map(num_images, batches.values()))
 
     def losses(self) -> dict[str, float]:
         """Of each dataset the mean over its predicted tokens; NaN where there were none."""
@@ -126,14 +121,6 @@ class Interval:
     def of_state(cls, state: Mapping[str, Any]) -> "Interval":
         """Of what `state` returned; time and what is measured by it start anew."""
         return cls(**{name: state[name] for name in _OF_ALL_RANKS})
-
-
-def num_images(batch: Batch) -> int:
-    """Frames of its media."""
-    media = batch.pixels if batch.pixels is not None else batch.features
-    if media is None:
-        return 0
-    return sum(len(each) for each in media)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -158,15 +145,13 @@ def describe(line: Mapping[str, Any], steps: int) -> str:
 def _speeds(line: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     speed = line["speed"]
     left = datetime.timedelta(seconds=round(speed["seconds_left"]))
-    found = [
+    return [
         ("tokens/s", _short(speed["tokens_per_second"]), "tokens/s"),
         ("images/s", _short(speed["images_per_second"]), "images/s"),
-        ("memory", f"{speed['peak_memory_bytes'] / 1e9:.2f}", "GB"),
+        ("MFU", f"{speed['mfu']:.1%}", "MFU"),
+        ("memory", f"{speed['peak_memory_bytes'] / 1e9:.2f} GB", ""),
         ("time left", str(left), "left"),
     ]
-    if speed.get("mfu") is not None:
-        found.insert(2, ("MFU", f"{speed['mfu']:.1%}", "MFU"))
-    return found
 
 
 def _warnings(line: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ from flamingo_fast.training.run_folder import (
 )
 from flamingo_fast.training.step import TrainStep
 from flamingo_fast.training.stream import Stream, make_stream, merge_states
+from flamingo_fast.training.throughput import Amount, WorkCounter, peak_flops, utilisation
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -143,10 +144,12 @@ class _Run:
             seed=config.seed,
             dp_group=self._ranks.dp_group,
         )
+        self._counter = WorkCounter(self._model)
+        self._peak_flops = peak_flops(device, _DTYPES[config.precision])
         self._interval = Interval()
         if self._checkpoint is not None and extra is not None:
             self._resume(self._checkpoint, extra)
-        self._first_step = self._saved_step = self._step.steps
+        self._saved_step = self._step.steps
         on_first_rank(self._open_metrics)
         self._progress = Progress(
             console if self._ranks.rank == 0 else None, config.steps, self._step.steps
@@ -184,8 +187,8 @@ class _Run:
         batches = {name: next(stream) for name, stream in self._streams.items()}
         interval.data_seconds += time.perf_counter() - started
         result = step(batches)
+        interval.add(result, sum(map(self._counter, batches.values()), Amount()))
         interval.seconds += time.perf_counter() - started
-        interval.add(result, batches)
         self._progress.advance(step.steps)
         if step.steps % config.log_every == 0 or step.steps == config.steps:
             self._log()
@@ -197,8 +200,7 @@ class _Run:
         interval = self._interval
         mine = {
             "outcomes": {name: each.outcomes.to_dict() for name, each in self._streams.items()},
-            "images": interval.images,
-            "flops": interval.flops,
+            "amount": interval.amount,
             "seconds": interval.seconds,
             "data_seconds": interval.data_seconds,
             "memory": peak_memory(self._device),
@@ -243,11 +245,15 @@ class _Run:
         interval = self._interval
         # Ranks wait for each other in a step.
         seconds = max(each["seconds"] for each in of_ranks)
+        amount = sum((each["amount"] for each in of_ranks), Amount())
         per_step = seconds / interval.timed_steps
         return {
             "seconds": seconds,
-            "tokens_per_second": interval.timed_tokens / seconds,
-            "images_per_second": sum(each["images"] for each in of_ranks) / seconds,
+            "tokens_per_second": amount.tokens / seconds,
+            "images_per_second": amount.images / seconds,
+            "mfu": utilisation(
+                amount.flops, seconds, self._peak_flops * self._ranks.world_size
+            ),
             "data_share": max(each["data_seconds"] for each in of_ranks) / seconds,
             "peak_memory_bytes": max(each["memory"] for each in of_ranks),
             "seconds_left": (self._config.steps - self._step.steps) * per_step,
