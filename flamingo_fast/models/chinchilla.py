@@ -168,15 +168,19 @@ class RelativeAttention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
-        q = (q + self.content_bias.to(q.dtype)).transpose(1, 2)
+        q = self._biased(q, self.content_bias).transpose(1, 2)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def _biased(self, q: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """(B, L, H, E) with a bias (H, E)."""
+        return q + bias.to(q.dtype)
 
     def _position_scores(self, q: torch.Tensor, sinusoids: torch.Tensor) -> torch.Tensor:
         """(B, H, L, S) of q (B, L, H, E), scaled; of keys after a query arbitrary, but finite."""
         batch, length = q.shape[:2]
         num_distances, dim = sinusoids.shape
-        q = (q + self.position_bias.to(q.dtype)) * self.dim_head**-0.5
+        q = self._biased(q, self.position_bias) * self.dim_head**-0.5
         # By head the rows of the whole batch meet the same r, which is not repeated then.
         rows = q.permute(2, 0, 1, 3).reshape(self.heads, batch * length, self.dim_head)
         if self._is_cheaper_by_row(batch * length, num_distances, dim):
