@@ -38,7 +38,7 @@ class FlamingoCache:
         """T, the tokens of a row so far, padding among them."""
         return self.attention_mask.shape[1]
 
-    def layout(self, num_tokens: int, attend: str) -> MediaLayout:
+    def layout(self, num_tokens: int, attend: str | Sequence[str]) -> MediaLayout:
         """Of the last so many tokens."""
         return MediaLayout.from_media_locations(
             self.media_locations,

@@ -65,6 +65,7 @@ def relative_context(
     past_key_values: Any = None,
     *,
     layer_idx: int = 0,
+    documents: torch.Tensor | None = None,
 ) -> RelativeContext:
     """What layers need beside hidden states: to be made once a call, for all of them.
 
@@ -74,11 +75,20 @@ def relative_context(
         past_key_values: a `DynamicCache` or `StaticCache` of transformers. Of a static one S is the
             most that it can hold; the mask may be shorter.
         layer_idx: the first of the layers, by its place in the cache.
+        documents: (B, L) integers, which document of its row each token is of: it sees no other.
+            None: rows are one each. Distances are what they would be in rows of their own.
 
     Raises:
-        ValueError: attention_mask has another shape; the cache has sliding windows.
+        ValueError: attention_mask or documents have another shape; the cache has sliding windows;
+            documents beside a cache.
     """
     batch, length, dim = hidden.shape
+    if documents is not None and documents.shape != (batch, length):
+        raise ValueError(
+            f"documents: expected shape {(batch, length)}, got {tuple(documents.shape)}"
+        )
+    if documents is not None and past_key_values is not None:
+        raise ValueError("documents: expected None beside past_key_values")
     past, num_keys = 0, length
     if past_key_values is not None:
         past, num_keys = _sizes(past_key_values, layer_idx, length)
@@ -92,6 +102,8 @@ def relative_context(
         # The softmax of a token that sees nothing, not even itself, would be NaN.
         padding = ~real[:, None, None, :] & (keys != queries[:, None])
         unseen = padding if unseen is None else unseen | padding
+    if documents is not None and unseen is not None:
+        unseen = unseen | (documents[:, None, :, None] != documents[:, None, None, :])
     distances = past + length - 1 - torch.arange(num_keys + 1, device=hidden.device)
     return RelativeContext(_sinusoids(distances, dim, hidden.dtype), unseen, past_key_values)
 
@@ -305,12 +317,13 @@ class ChinchillaModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
+        documents: torch.Tensor | None = None,
     ) -> ChinchillaOutput:
-        """Hidden states of text, see `ChinchillaLM.forward`."""
+        """Hidden states of text, see `ChinchillaLM.forward`; `documents` as `relative_context`."""
         hidden = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = require("transformers.cache_utils").DynamicCache()
-        context = relative_context(hidden, attention_mask, past_key_values)
+        context = relative_context(hidden, attention_mask, past_key_values, documents=documents)
         is_checkpointed = (
             self.checkpoint_layers and past_key_values is None and torch.is_grad_enabled()
         )

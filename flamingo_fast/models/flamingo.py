@@ -1,7 +1,7 @@
 """Flamingo: a vision encoder, a resampler, and a language model that sees what they make.
 
 B rows of text, L tokens, N media of a row, F frames of a medium, S features of a frame, R tokens of
-a medium.
+a medium. Where rows are packed, documents take the place of rows in what is said of media.
 """
 
 import contextlib
@@ -30,14 +30,17 @@ from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.models.extras import require
 from flamingo_fast.models.generation import GenerateOutput, generate, score
 from flamingo_fast.models.media_inputs import (
+    Features,
     Media,
     cat_frames,
     check_counts,
     check_ids,
     check_length,
     check_vocabulary,
+    flat_features,
     flat_media,
 )
+from flamingo_fast.models.packed_rows import PackedRows
 from flamingo_fast.models.parts import (
     check_logits,
     hidden_size,
@@ -50,8 +53,10 @@ from flamingo_fast.models.parts import (
 )
 from flamingo_fast.models.tokens import LearntTokens
 from flamingo_fast.models.vision import VisionEncoder
-from flamingo_fast.modules.plain import is_plain
+from flamingo_fast.modules.plain import is_plain, is_sharded
 from flamingo_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+_REDUCTIONS = ("mean", "sum")
 
 
 @dataclasses.dataclass
@@ -199,37 +204,63 @@ class Flamingo(nn.Module):
         *,
         num_media: Sequence[int] | None = None,
         media: torch.Tensor | None = None,
+        features: Features | None = None,
+        cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+        attend: str | Sequence[str] | None = None,
+        loss_reduction: str = "mean",
         cache: FlamingoCache | None = None,
         return_logits: bool | None = None,
         logits_to_keep: int = 0,
     ) -> FlamingoOutput:
         """Loss or logits of text with media.
 
-        Of a padded batch of media only those are encoded whose image tokens are there.
+        Of a padded batch of media only those are encoded whose image tokens are there. Text without
+        any still runs what has gradients or is sharded over ranks (FSDP2): other ranks, which have
+        media, wait for it, and parameters get gradients of 0. A vision encoder then sees an image
+        of config.vision.image_size.
 
         Arguments:
             input_ids: (B, L) int64; an image token where each medium is.
             images: (B, N, 3, H, W), the first of each row being its media and the others padding;
-                or (media_total, 3, H, W), row after row, with num_media; or a list of each row's.
+                or (media_total, 3, H, W), row after row, with num_media; or a list of all of them,
+                or of each row's.
             videos: the same with frames, (B, N, F, 3, H, W) and so on; not beside images. In lists
                 their numbers of frames may differ.
             attention_mask: (B, L), 1 at tokens and 0 at padding on either side; with a cache, of
-                these tokens alone.
+                these tokens alone; not of packed rows.
             media_locations: (B, L) bool, True at image tokens; by default where they are.
             labels: (B, L) int64, input_ids or -100 where nothing is to be predicted. They are
                 shifted here.
             num_media: media of each row, if known. Otherwise image tokens are counted, which on a
                 GPU waits for it.
             media: in place of images or videos, what `encode` returned.
-            cache: of the text before, see `new_cache`; without gradients.
+            features: in place of them, what the vision encoder returned for each frame, row after
+                row: (media_total, F, S, width), or a list of (F, S, width). The encoder does not
+                run; an empty list says so of text alone.
+            cu_seqlens: (documents + 1,) integers, best on the CPU: rows are packed, as
+                `MediaLayout.packed` has it. Documents see neither others' text nor their media, and
+                positions begin anew in each. Padding is a document without media, and nothing is
+                predicted of a document's first token. Forms of media that have something of each
+                row have it of each document: (documents, N, 3, H, W), lists and num_media.
+            attend: "previous", "next" or "all_previous" media, of all rows or of each (Flamingo's
+                p_next, appendix A.3.2), in place of config.conditioning.attend.
+            loss_reduction: "mean" or "sum" of the losses of predicted tokens.
+            cache: of the text before, see `new_cache`; without gradients, and not of packed rows.
             return_logits: by default where there are no labels.
             logits_to_keep: logits of so many last tokens; 0: of all.
 
         Raises:
-            TypeError, ValueError: a wrong argument, by name; more image tokens than media.
+            TypeError, ValueError: a wrong argument, by name; more image tokens than media; packed
+                rows for a language model that can't keep documents apart (`packed_rows.FAMILIES`
+                can), or whose sliding window is shorter than a document.
         """
         check_ids(input_ids, attention_mask, labels)
         check_vocabulary(input_ids, self.num_tokens)
+        if loss_reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"loss_reduction: expected {' or '.join(_REDUCTIONS)}, got {loss_reduction!r}"
+            )
+        packed = self._packed(input_ids, cu_seqlens, attention_mask, cache)
         if attention_mask is not None and media_locations is None:
             media_locations = (input_ids == self.config.image_token_id) & (attention_mask != 0)
         elif media_locations is None:
@@ -240,15 +271,25 @@ class Flamingo(nn.Module):
                 f"{media_locations.dtype} of {tuple(media_locations.shape)}"
             )
         check_length(input_ids.shape[1] + (cache.seqlen if cache else 0), self.max_tokens)
-        encoded, counts, seqlens = self._media_of(images, videos, media, media_locations, num_media)
+        given = {"images": images, "videos": videos, "media": media, "features": features}
+        encoded, counts, seqlens = self._media_of(given, media_locations, num_media, packed)
         if cache is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        context = self._context(encoded, counts, seqlens, attention_mask, media_locations, cache)
+        attend = self.config.conditioning.attend if attend is None else attend
+        if cache is None:
+            layout = self._layout(media_locations, counts, seqlens, attend, packed)
+            context = self._context(layout, encoded)
+        else:
+            assert attention_mask is not None
+            context = self._next_context(
+                encoded, counts, seqlens, attention_mask, media_locations, attend, cache
+            )
         with self.conditioning.of(context):
-            hidden = self._hidden(input_ids, attention_mask, cache)
+            hidden = self._hidden(input_ids, attention_mask, cache, packed)
         output = FlamingoOutput()
         if labels is not None:
-            output.loss = self._loss(hidden, labels)
+            labels = labels if packed is None else packed.labels(labels)
+            output.loss = self._loss(hidden, labels, loss_reduction)
         if return_logits or (return_logits is None and labels is None):
             output.logits = self.logits(hidden[:, -logits_to_keep:])
         return output
@@ -299,19 +340,48 @@ class Flamingo(nn.Module):
         """
         frames = [len(each) for each in media]
         pixels = media.flatten(0, 1) if isinstance(media, torch.Tensor) else cat_frames(media)
-        if frames:
-            features = self.vision_encoder(pixels)
-        else:
-            # Still through the resampler: on other ranks it may have something to do.
-            width = self.vision_encoder.features
-            features = pixels.new_zeros((0, 1, width), dtype=_dtype_of(self.vision_encoder))
-        features = features.to(_dtype_of(self.resampler))
+        if not frames:
+            return self.resample(self._features_of_none(pixels), num_media)
+        features = self.vision_encoder(pixels)
+        if len(set(frames)) == 1:
+            return self.resample(features.unflatten(0, (len(frames), frames[0])), num_media)
+        return self.resample(features.split(frames), num_media)
+
+    def _features_of_none(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(0, 1, S, width): where gradients or other ranks wait for the encoder, it runs."""
+        encoder = self.vision_encoder
+        if (torch.is_grad_enabled() and not encoder.is_frozen) or is_sharded(encoder):
+            size = self.config.vision.image_size
+            return encoder(pixels.new_zeros(0, 3, size, size))[:, None]
+        return pixels.new_zeros((0, 1, 1, encoder.features), dtype=_dtype_of(encoder))
+
+    def resample(
+        self, features: Features, num_media: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `encode`, of what the vision encoder returned for each frame.
+
+        Arguments:
+            features: (media_total, F, S, width), or a list of (F, S, width), of any F.
+            num_media: see `encode`.
+        """
+        frames = [len(each) for each in features]
         places = _places(num_media, len(frames)) if self._has_places else None
-        if len(set(frames)) <= 1:
-            by_medium = features.unflatten(0, (len(frames), frames[0] if frames else 1))
-            tokens, seqlens = self._resample(by_medium, places), None
+        dtype = _dtype_of(self.resampler)
+        seqlens = None
+        if isinstance(features, torch.Tensor):
+            tokens = self._resample(features.to(dtype), places)
+        elif not frames:
+            device = next(self.resampler.parameters()).device
+            none = torch.empty(0, 1, 1, self.vision_encoder.features, dtype=dtype, device=device)
+            tokens = self._resample(none, places)
         else:
-            tokens, seqlens = self._resample_groups(features.split(frames), frames, places)
+            features = [each.to(dtype) for each in features]
+            if len(set(frames)) == 1:
+                tokens = self._resample(torch.stack(features), places)
+            elif is_sharded(self.resampler):
+                tokens, seqlens = self._resample_padded(features, frames, places)
+            else:
+                tokens, seqlens = self._resample_groups(features, frames, places)
         repeats = -(-self.dim_media // tokens.shape[-1])
         if repeats > 1 or tokens.shape[-1] > self.dim_media:
             tokens = torch.cat([tokens] * repeats, -1)[..., : self.dim_media]
@@ -321,12 +391,34 @@ class Flamingo(nn.Module):
     def _has_places(self) -> bool:
         return self.config.resampler.max_num_media is not None
 
-    def _resample(self, features: torch.Tensor, places: Sequence[int] | None) -> torch.Tensor:
+    def _resample(
+        self,
+        features: torch.Tensor,
+        places: Sequence[int] | None,
+        seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """(n, F, S, width) -> (n, R, dim)."""
         index = None
         if places is not None:
             index = torch.tensor(places, dtype=torch.int64, device=features.device)[:, None]
-        return self.resampler(features[:, None], places=index).flatten(0, 1)
+        seqlens = None if seqlens is None else seqlens[:, None]
+        return self.resampler(features[:, None], places=index, media_seqlens=seqlens).flatten(0, 1)
+
+    def _resample_padded(
+        self, features: list[torch.Tensor], frames: list[int], places: Sequence[int] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_resample_groups`, in one call: ranks that share the resampler make as many."""
+        most = self.config.resampler.max_num_frames
+        if most is not None and max(frames) > most:
+            raise ValueError(
+                f"videos: expected at most {most} frames where they have different numbers and the "
+                f"resampler is sharded, as embeddings of more depend on the number; got {frames}"
+            )
+        lengths = torch.tensor(frames, dtype=torch.int32) * features[0].shape[1]
+        seqlens = lengths.to(features[0].device, non_blocking=True)
+        padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
+        tokens = self._resample(padded, places, seqlens)
+        return tokens, None if self.config.resampler.kind == "perceiver" else seqlens
 
     def _resample_groups(
         self,
@@ -389,7 +481,8 @@ class Flamingo(nn.Module):
             cache = self.new_cache(input_ids.shape[0])
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             locations = (input_ids == self.config.image_token_id) & (mask != 0)
-            encoded, counts, seqlens = self._media_of(images, videos, None, locations, None)
+            given = {"images": images, "videos": videos}
+            encoded, counts, seqlens = self._media_of(given, locations, None)
             cache.add_media(self.conditioning.project(encoded), counts, seqlens)
             cache.add_tokens(mask, locations)
             attend = self.config.conditioning.attend
@@ -401,61 +494,101 @@ class Flamingo(nn.Module):
             with self.conditioning.of(context):
                 yield self.lang_model
 
+    def _packed(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | Sequence[int] | None,
+        attention_mask: torch.Tensor | None,
+        cache: FlamingoCache | None,
+    ) -> PackedRows | None:
+        if cu_seqlens is None:
+            return None
+        for name, value in (("attention_mask", attention_mask), ("cache", cache)):
+            if value is not None:
+                reason = ", padding being a document without media" if name != "cache" else ""
+                raise ValueError(f"{name}: expected None beside cu_seqlens{reason}")
+        batch, seqlen = input_ids.shape
+        return PackedRows.of(cu_seqlens, batch, seqlen, input_ids.device)
+
     def _media_of(
         self,
-        images: Media | None,
-        videos: Media | None,
-        media: torch.Tensor | None,
+        arguments: dict[str, Any],
         media_locations: torch.Tensor,
         num_media: Sequence[int] | None,
+        packed: PackedRows | None = None,
     ) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
-        """Encoded media, those of each row, and their valid tokens."""
-        given = {"images": images, "videos": videos, "media": media}
-        given = {name: each for name, each in given.items() if each is not None}
+        """Encoded media, those of each row or document, and their valid tokens."""
+        given = {name: each for name, each in arguments.items() if each is not None}
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: expected one of them")
         name, values = next(iter(given.items()), ("images", None))
+        each = "row" if packed is None else "document"
+        number = media_locations.shape[0] if packed is None else packed.num_documents
+        if num_media is not None and len(num_media) != number:
+            raise ValueError(f"num_media: expected {number} numbers, got {list(num_media)}")
         tokens = None
         if media_locations.device.type == "cpu" or (num_media is None and values is not None):
-            tokens = media_locations.sum(1).tolist()
-        rows = media_locations.shape[0]
+            if packed is None:
+                tokens = media_locations.sum(1).tolist()
+            else:
+                *tokens, after = packed.count(media_locations)
+                if after:
+                    raise ValueError(
+                        f"cu_seqlens: expected no image tokens after the last document, got {after}"
+                    )
         if values is None:
-            check_counts(name, tokens, [0] * rows)
+            check_counts(name, tokens, [0] * number, each)
+            if any(num_media or ()):
+                raise ValueError(f"num_media: expected 0, as no media are given; got {num_media}")
             pixels = torch.empty(0, 1, 3, 1, 1, device=media_locations.device)
             encoded, _ = self.encode(pixels)
-            return encoded, [0] * rows, None
-        if num_media is not None and len(num_media) != rows:
-            raise ValueError(f"num_media: expected {rows} numbers, got {list(num_media)}")
-        flat, counts = flat_media(name, values, rows, tokens, num_media)
-        check_counts(name, tokens, counts)
+            return encoded, [0] * number, None
+        if name == "features":
+            width = self.vision_encoder.features
+            flat, counts = flat_features(values, width, tokens, num_media)
+        else:
+            flat, counts = flat_media(name, values, number, tokens, num_media, each)
+        check_counts(name, tokens, counts, each)
         if name == "media":
             assert isinstance(flat, torch.Tensor)
             return flat, counts, None
-        encoded, seqlens = self.encode(flat, counts)
+        encode = self.resample if name == "features" else self.encode
+        encoded, seqlens = encode(flat, counts)
         return encoded, counts, seqlens
 
-    def _context(
+    def _layout(
+        self,
+        media_locations: torch.Tensor,
+        counts: list[int],
+        seqlens: torch.Tensor | None,
+        attend: str | Sequence[str],
+        packed: PackedRows | None,
+    ) -> MediaLayout:
+        options: dict[str, Any] = {"media_total": sum(counts), "media_seqlens": seqlens}
+        if packed is None:
+            return MediaLayout.from_media_locations(media_locations, counts, attend, **options)
+        return MediaLayout.packed(media_locations, packed.cu_seqlens, counts, attend, **options)
+
+    def _context(self, layout: MediaLayout, media: torch.Tensor) -> MediaContext:
+        if torch.is_grad_enabled():
+            return MediaContext(layout, media=media)
+        return MediaContext(layout, media_kv=self.conditioning.project(media))
+
+    def _next_context(
         self,
         media: torch.Tensor,
         counts: list[int],
         seqlens: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
         media_locations: torch.Tensor,
-        cache: FlamingoCache | None,
+        attend: str | Sequence[str],
+        cache: FlamingoCache,
     ) -> MediaContext:
-        attend = self.config.conditioning.attend
-        if cache is None:
-            layout = MediaLayout.from_media_locations(
-                media_locations, counts, attend, media_total=sum(counts), media_seqlens=seqlens
-            )
-            if torch.is_grad_enabled():
-                return MediaContext(layout, media=media)
-            return MediaContext(layout, media_kv=self.conditioning.project(media))
+        """Of tokens that come after those in the cache, which gets them."""
         if torch.is_grad_enabled():
             raise ValueError(
                 "cache: expected no gradients (torch.no_grad): media are kept for good"
             )
-        assert attention_mask is not None
         cache.add_media(self.conditioning.project(media), counts, seqlens)
         cache.add_tokens(attention_mask, media_locations)
         return MediaContext(cache.layout(media_locations.shape[1], attend), media_kv=cache.media_kv)
@@ -465,12 +598,20 @@ class Flamingo(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: FlamingoCache | None,
+        packed: PackedRows | None = None,
     ) -> torch.Tensor:
         """(B, L, dim): what the language model's head takes."""
         mask = attention_mask if cache is None else cache.attention_mask
         arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
         if cache is not None:
             arguments[self._cache_name] = cache.lm
+        documents = None if packed is None else packed.documents
+        if packed is not None and isinstance(self.lang_model, ChinchillaLM):
+            arguments["documents"] = documents
+        elif packed is not None:
+            arguments["attention_mask"] = packed.mask(self.lang_model)
+            if self._takes_positions:
+                arguments["position_ids"] = packed.positions
         if mask is not None and self._takes_positions:
             positions = mask.cumsum(1).sub_(1).clamp_(min=0)
             arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -483,7 +624,7 @@ class Flamingo(nn.Module):
         if self.config.conditioning.kind != "grafting":
             return hidden
         stack_cache = None if cache is None else cache.graft
-        context = relative_context(hidden, mask, stack_cache)
+        context = relative_context(hidden, mask, stack_cache, documents=documents)
         is_checkpointed = self.conditioning.checkpoint_blocks and torch.is_grad_enabled()
         for index, layer in enumerate(self.conditioning.layers):
             if is_checkpointed:
@@ -494,13 +635,13 @@ class Flamingo(nn.Module):
             hidden = hidden if attended is None else attended
         return hidden
 
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
         head: Any = self.lang_model.get_output_embeddings()
         if not isinstance(head, TiedHead) and not is_plain(head):
             logits = self.logits(hidden).flatten(0, 1)
             wide = torch.promote_types(logits.dtype, torch.float32)
-            return F.cross_entropy(logits.to(wide), shifted.flatten())
+            return F.cross_entropy(logits.to(wide), shifted.flatten(), reduction=reduction)
         return linear_cross_entropy(
             hidden,
             head.weight,
@@ -508,12 +649,14 @@ class Flamingo(nn.Module):
             shifted,
             extra_weight=None if self.tokens is None else self.tokens.output_weight,
             extra_ids=None if self.tokens is None else self.tokens.token_ids,
+            reduction=reduction,
         )
 
 
 def _places(num_media: Sequence[int] | None, media_total: int) -> list[int]:
     """Each medium's place among those of its row."""
-    if num_media is None or sum(num_media) != media_total:
+    num_media = num_media or ()
+    if sum(num_media) != media_total:
         raise ValueError(
             f"num_media: expected the numbers of {media_total} media, as their places have "
             f"embeddings; got {num_media}"

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-# (B, N, ...), (media_total, ...), or each row's.
-Media = torch.Tensor | Sequence[Sequence[torch.Tensor]]
+# (B, N, ...), (media_total, ...), all of them, or each row's.
+Media = torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]]
+# (media_total, F, S, width), or all of them.
+Features = torch.Tensor | Sequence[torch.Tensor]
 
 
 def check_ids(
@@ -44,16 +46,33 @@ def check_length(num_tokens: int, max_tokens: int | None, name: str = "input_ids
         )
 
 
-def check_counts(name: str, tokens: list[int] | None, counts: list[int]) -> None:
-    for row, (wanted, given) in enumerate(zip(tokens or (), counts, strict=False)):
+def check_counts(
+    name: str, tokens: list[int] | None, counts: Sequence[int], each: str = "row"
+) -> None:
+    """`each`: what they are counts of."""
+    for index, (wanted, given) in enumerate(zip(tokens or (), counts, strict=False)):
         if wanted != given:
             raise ValueError(
-                f"{name}: row {row} has {wanted} image tokens and {given} {name}; expected as many"
+                f"{name}: {each} {index} has {wanted} image tokens and {given} {name}; expected as "
+                "many"
             )
 
 
 def cat_frames(media: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(media)) if media else torch.empty(0, 3, 1, 1)
+
+
+def _counts_of_flat(
+    name: str, number: int, tokens: list[int] | None, num_media: Sequence[int] | None
+) -> list[int]:
+    """Those of each row, of so many media row after row."""
+    counts = num_media if num_media is not None else tokens
+    if counts is None or number != sum(counts):
+        raise ValueError(
+            f"{name}: expected {sum(counts or ())} of them, as there are image tokens (or "
+            f"num_media says), got {number}"
+        )
+    return list(counts)
 
 
 def flat_media(
@@ -62,49 +81,86 @@ def flat_media(
     rows: int,
     tokens: list[int] | None,
     num_media: Sequence[int] | None,
+    each: str = "row",
 ) -> tuple[Any, list[int]]:
-    """The media row after row, with a dimension of frames, and their number in each row."""
+    """The media row after row, with a dimension of frames, and their number in each row.
+
+    Arguments:
+        name: of the argument: "images", "videos" or "media".
+        tokens: image tokens of each row, if they were counted.
+        each: what rows are called.
+    """
     has_frames = name == "videos"
     if not isinstance(values, torch.Tensor):
-        if len(values) != rows:
-            raise ValueError(f"{name}: expected a list for each of {rows} rows, got {len(values)}")
-        flat = [each for row in values for each in row]
-        if not has_frames:
-            flat = [each[None] for each in flat]
-        expected = "(F, 3, H, W)" if has_frames else "(3, H, W)"
-        for each in flat:
-            got = tuple(each.shape[0 if has_frames else 1 :])
-            if each.dim() != 4 or each.shape[0] == 0:
-                raise ValueError(f"{name}: expected tensors of shape {expected}, got one of {got}")
-            if each.shape[1:] != flat[0].shape[1:]:
-                first = tuple(flat[0].shape[0 if has_frames else 1 :])
-                raise ValueError(f"{name}: expected images of one size, got {first} and {got}")
-        return flat, [len(row) for row in values]
+        return _flat_lists(name, values, rows, tokens, num_media, each)
     sizes = 3 if name == "media" else 4 + has_frames
     if values.dim() == sizes:
-        counts = num_media if num_media is not None else tokens
-        if counts is None or values.shape[0] != sum(counts):
-            raise ValueError(
-                f"{name}: expected {sum(counts or ())} of them, as there are image tokens (or "
-                f"num_media says), got {values.shape[0]}"
-            )
+        counts = _counts_of_flat(name, values.shape[0], tokens, num_media)
         flat_values = values
     elif values.dim() == sizes + 1 and values.shape[0] == rows:
-        counts = num_media if num_media is not None else tokens
-        assert counts is not None
+        given = num_media if num_media is not None else tokens
+        assert given is not None
+        counts = list(given)
         for row, count in enumerate(counts):
             if count > values.shape[1]:
                 raise ValueError(
-                    f"{name}: row {row} has {count} image tokens and {values.shape[1]} {name}; "
+                    f"{name}: {each} {row} has {count} image tokens and {values.shape[1]} {name}; "
                     "expected no more tokens"
                 )
         flat_values = torch.cat([row[:count] for row, count in zip(values, counts, strict=True)])
     else:
         form = "(M, R, D)" if name == "media" else f"(M, {'F, ' if has_frames else ''}3, H, W)"
         raise ValueError(
-            f"{name}: expected shape {form} or with {rows} rows before it, got "
+            f"{name}: expected shape {form} or with {rows} {each}s before it, got "
             f"{tuple(values.shape)}"
         )
     if name == "images":
         flat_values = flat_values[:, None]
-    return flat_values, list(counts)
+    return flat_values, counts
+
+
+def _flat_lists(
+    name: str,
+    values: Any,
+    rows: int,
+    tokens: list[int] | None,
+    num_media: Sequence[int] | None,
+    each: str,
+) -> tuple[list[torch.Tensor], list[int]]:
+    has_frames = name == "videos"
+    # A row may be a tensor too, of one more dimension.
+    if all(isinstance(one, torch.Tensor) and one.dim() == 3 + has_frames for one in values) and (
+        len(values) > 0 or rows == 0
+    ):
+        flat, counts = list(values), _counts_of_flat(name, len(values), tokens, num_media)
+    elif len(values) != rows:
+        raise ValueError(f"{name}: expected a list for each of {rows} {each}s, got {len(values)}")
+    else:
+        flat, counts = [one for row in values for one in row], [len(row) for row in values]
+    if not has_frames:
+        flat = [one[None] for one in flat]
+    expected = "(F, 3, H, W)" if has_frames else "(3, H, W)"
+    for one in flat:
+        got = tuple(one.shape[0 if has_frames else 1 :])
+        if one.dim() != 4 or one.shape[0] == 0:
+            raise ValueError(f"{name}: expected tensors of shape {expected}, got one of {got}")
+        if one.shape[1:] != flat[0].shape[1:]:
+            first = tuple(flat[0].shape[0 if has_frames else 1 :])
+            raise ValueError(f"{name}: expected images of one size, got {first} and {got}")
+    return flat, counts
+
+
+def flat_features(
+    values: Features, width: int, tokens: list[int] | None, num_media: Sequence[int] | None
+) -> tuple[Features, list[int]]:
+    """What an encoder of features so wide made of media, checked, and their number in each row."""
+    shape = f"(F, S, {width})"
+    for one in values:
+        got = tuple(one.shape)
+        if one.dim() != 3 or one.shape[-1] != width or one.shape[0] == 0:
+            raise ValueError(f"features: expected {shape} of each medium, got {got}")
+        if one.shape[1] != values[0].shape[1]:
+            raise ValueError(
+                f"features: expected as many of each frame, got {tuple(values[0].shape)} and {got}"
+            )
+    return values, _counts_of_flat("features", len(values), tokens, num_media)

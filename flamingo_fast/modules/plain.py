@@ -5,6 +5,8 @@ and quantised layers are other classes, hooks see or change what passes, and sha
 whole only inside their own module's forward.
 """
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn.modules import module as _nn_module
@@ -31,3 +33,12 @@ def is_plain(*modules: nn.Module) -> bool:
             if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
                 return False
     return True
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parts of it are spread over ranks by FSDP2: all ranks call them, or none."""
+    if not torch.distributed.is_available():
+        return False
+    # The import takes a second, and is done wherever something is sharded.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in module.modules())
