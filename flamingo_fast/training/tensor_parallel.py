@@ -104,8 +104,7 @@ def _own_rows(whole: torch.Tensor, pieces: int, ranks: _Ranks) -> torch.Tensor:
     return parts[:, ranks.rank].flatten(0, 1).clone()
 
 
-def _local(parameter: torch.Tensor | None) -> torch.Tensor:
-    assert parameter is not None
+def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -201,15 +200,10 @@ class _SharedFeedForward(FeedForward):
 
 
 class _SharedRelativeAttention(RelativeAttention):
-    """Its biases are those of a rank's heads; `_parameters` has the DTensors."""
+    """Its biases are those of a rank's heads."""
 
-    @property
-    def content_bias(self) -> torch.Tensor:  # type: ignore[override]
-        return _local(self._parameters["content_bias"])
-
-    @property
-    def position_bias(self) -> torch.Tensor:  # type: ignore[override]
-        return _local(self._parameters["position_bias"])
+    def _biased(self, q: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return super()._biased(q, _local(bias))
 
 
 def parallelize(model: Flamingo, mesh: DeviceMesh) -> None:
@@ -238,6 +232,8 @@ def parallelize(model: Flamingo, mesh: DeviceMesh) -> None:
             "parallel.tensor_parallel: expected a language model of kind chinchilla, got "
             f"{type(model.lang_model).__name__}, whose layers we don't split"
         )
+    if any(isinstance(each, DTensor) for each in model.parameters()):
+        raise ValueError("model: expected whole weights, got some that are sharded already")
     found = list(_layers(model))
     for name, module in found:
         _check(name, module, ranks.size)
