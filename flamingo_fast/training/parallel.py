@@ -1,6 +1,7 @@
 """How a model is spread over ranks: precision, FSDP2, activation checkpointing, torch.compile."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -217,7 +218,7 @@ def _shard(model: Flamingo, mesh: DeviceMesh, precision: str, reshard: bool) -> 
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": policy,
-        "shard_placement_fn": fsdp_placement,
+        "shard_placement_fn": functools.partial(fsdp_placement, size=mesh.size()),
     }
     # Nothing here changes what a module returned in place, of which FSDP warns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -326,10 +326,20 @@ def _distribute(
     module._parameters[name] = nn.Parameter(shared, requires_grad=whole.requires_grad)
 
 
-def fsdp_placement(parameter: nn.Parameter) -> Shard | None:
-    """`shard_placement_fn` of `fully_shard`, for models that were split.
+def fsdp_placement(parameter: nn.Parameter, *, size: int) -> Shard | None:
+    """`shard_placement_fn` of `fully_shard` over `size` ranks, for models that were split.
 
-    Rows of several pieces are no range, so FSDP shards columns there: the data-parallel ranks must
-    divide them.
+    Rows of several pieces are no range, so FSDP shards columns there, which it does in equal parts
+    alone.
+
+    Raises:
+        ConfigError: as many columns as the ranks don't divide.
     """
-    return Shard(1) if pieces_of(parameter) > 1 else None
+    if pieces_of(parameter) == 1:
+        return None
+    if parameter.shape[1] % size:
+        raise ConfigError(
+            f"parallel.tensor_parallel: with parallel.fsdp, expected data-parallel ranks that "
+            f"divide the widths of layers, got {size} and a width of {parameter.shape[1]}"
+        )
+    return Shard(1)
