@@ -188,8 +188,9 @@ class Flamingo(nn.Module):
             # Not gradient_checkpointing_enable, which also makes the embedding's output require
             # gradients, and so everything up to the first block.
             layer.gradient_checkpointing = enable
+            function = _in_eval_mode if self.config.lm.is_frozen else _called
             layer._gradient_checkpointing_func = functools.partial(
-                checkpoint, use_reentrant=False, context_fn=self.conditioning.for_checkpoint
+                _checkpointed, function, layer, self.conditioning.for_checkpoint
             )
         self.train(self.training)
 
@@ -651,6 +652,23 @@ class Flamingo(nn.Module):
             extra_ids=None if self.tokens is None else self.tokens.token_ids,
             reduction=reduction,
         )
+
+
+def _checkpointed(caller: Any, layer: nn.Module, context_fn: Any, function: Any, *args: Any) -> Any:
+    return checkpoint(caller, layer, function, *args, use_reentrant=False, context_fn=context_fn)
+
+
+def _called(layer: nn.Module, function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def _in_eval_mode(layer: nn.Module, function: Any, *args: Any) -> Any:
+    """A layer that was told to train, to be checkpointed, has no dropout of its own (OPT's has)."""
+    layer.training, was_training = False, layer.training
+    try:
+        return function(*args)
+    finally:
+        layer.training = was_training
 
 
 def _places(num_media: Sequence[int] | None, media_total: int) -> list[int]:
