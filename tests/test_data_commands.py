@@ -73,7 +73,7 @@ def test_pairs_of_a_folder_are_packed(run, pairs, tmp_path):
     out = tmp_path / "out"
     code, stdout, _ = run("pack", "image_text", pairs, out, "--max-bad-rate", 0.6)
     assert code == 0
-    assert "5 samples, 3 of them bad" in stdout and f"wrote 1 shards to {out}" in stdout
+    assert "5 samples, 3 of them bad" in stdout and f"wrote 1 shard to {out}" in stdout
     assert [sample.parts for sample in samples_in(out, "image_text")] == [
         (Medium("jpg", image(1), False), "a cat"),
         (Medium("png", image(2, "PNG"), False), "two dogs"),

@@ -116,7 +116,8 @@ def pack(
             )
     except (SourceError, FileExistsError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"wrote {len(list(out.glob('*.tar')))} shards to {out}")
+    count = len(list(out.glob("*.tar")))
+    typer.echo(f"wrote {count} shard{'' if count == 1 else 's'} to {out}")
     _report(outcomes, max_bad_rate)
 
 
