@@ -20,6 +20,7 @@ import re
 import struct
 import sys
 import tarfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -256,6 +257,8 @@ class _OpenShard:
 
     def __post_init__(self) -> None:
         self.file: IO[bytes] = open(self.path, "rb", buffering=0)
+        # Left to its own end the file warns that nobody closed it.
+        weakref.finalize(self, self.file.close)
 
     def read(self, place: int) -> tuple[int, bytes]:
         start, end = self.offsets[place], self.offsets[place + 1]
