@@ -70,7 +70,7 @@ def test_less_than_a_twentieth_of_packed_rows_is_padding(
     tmp_path: Path, mean: float, max_tokens: int
 ) -> None:
     # A caption has an image and an end beside its tokens.
-    lengths = captions(mean, min(max_tokens, 64) - 2, 1500)
+    lengths = captions(mean, min(max_tokens, 64) - 2, 1000)
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.02)
     shards = stream_cases.write_pairs(tmp_path, lengths)
     shares = {}
