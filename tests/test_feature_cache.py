@@ -11,6 +11,7 @@ pytest.importorskip("webdataset")
 pytest.importorskip("timm")
 pytest.importorskip("yaml")
 
+import run_cases  # noqa: E402
 import shard_cases  # noqa: E402
 import stream_cases  # noqa: E402
 import yaml  # noqa: E402
@@ -19,9 +20,10 @@ from typer.testing import CliRunner  # noqa: E402
 
 from flamingo_fast.cli import app  # noqa: E402
 from flamingo_fast.models.config import ConfigError, VisionConfig  # noqa: E402
+from flamingo_fast.models.fields import from_dict  # noqa: E402
 from flamingo_fast.models.vision import VisionEncoder  # noqa: E402
 from flamingo_fast.training.bad_samples import BadSample  # noqa: E402
-from flamingo_fast.training.config import DatasetConfig  # noqa: E402
+from flamingo_fast.training.config import DatasetConfig, TrainConfig  # noqa: E402
 from flamingo_fast.training.encoding import Encoded, encode_features  # noqa: E402
 from flamingo_fast.training.features import (  # noqa: E402
     FeatureCache,
@@ -32,8 +34,10 @@ from flamingo_fast.training.features import (  # noqa: E402
     fingerprint,
     folder_name,
 )
+from flamingo_fast.training.model_source import find_source, make_model  # noqa: E402
 from flamingo_fast.training.samples import Limits, Medium  # noqa: E402
 from flamingo_fast.training.stream import Stream, StreamError  # noqa: E402
+from flamingo_fast.training.trainer import train  # noqa: E402
 
 VISION = VisionConfig(encoder="vit_mini", image_size=28)
 LIMITS = Limits()
@@ -231,3 +235,34 @@ def test_the_command(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("kind: interleaved", "kind: none"))
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "kind" in result.output
+
+
+def test_a_run_on_features_has_the_losses_of_one_on_pixels(tmp_path: Path) -> None:
+    run_cases.make_data(tmp_path)
+    values = run_cases.config(tmp_path, tmp_path / "pixels", steps=4, log_every=1)
+    for each in values["datasets"]:
+        each["augment"] = False
+    config = from_dict(TrainConfig, values, "")
+    train(config)
+
+    source = find_source(config)
+    root = tmp_path / "features"
+    for seed in (config.seed, config.seed + 1):
+        model = make_model(source, seed).vision_encoder
+        encode_features(config.datasets, source.config.vision, model, root / str(seed))
+
+    def with_features(seed: int, out: str) -> TrainConfig:
+        datasets = [
+            dataclasses.replace(each, features=str(root / str(seed))) for each in config.datasets
+        ]
+        return dataclasses.replace(config, datasets=tuple(datasets), out=str(tmp_path / out))
+
+    train(with_features(config.seed, "features-run"))
+    lines = [run_cases.metrics(tmp_path / out) for out in ("features-run", "pixels")]
+    losses = [[line["loss"] for line in each if "loss" in line] for each in lines]
+    assert len(losses[0]) == len(losses[1]) == 4
+    for got, expected in zip(*losses, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+    with pytest.raises(ConfigError, match="datasets.pages.features: .* none of this vision enc"):
+        train(with_features(config.seed + 1, "other"))

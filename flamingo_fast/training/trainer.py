@@ -21,6 +21,7 @@ from flamingo_fast.training.bad_samples import REASONS, BadSamplesError, Outcome
 from flamingo_fast.training.checkpoints import Checkpoints, on_first_rank
 from flamingo_fast.training.config import DatasetConfig, TrainConfig
 from flamingo_fast.training.export import export
+from flamingo_fast.training.features import find_folder, fingerprint
 from flamingo_fast.training.model_source import (
     CHECKPOINTS,
     find_source,
@@ -134,6 +135,7 @@ class _Run:
 
         self._model = make_model(source, config.seed)
         _check_lengths(config, self._model)
+        _check_features(config, self._model)
         prepare(self._model, config.parallel, config.precision, device, self._ranks)
         self._step = TrainStep(
             self._model,
@@ -251,9 +253,7 @@ class _Run:
             "seconds": seconds,
             "tokens_per_second": amount.tokens / seconds,
             "images_per_second": amount.images / seconds,
-            "mfu": utilisation(
-                amount.flops, seconds, self._peak_flops * self._ranks.world_size
-            ),
+            "mfu": utilisation(amount.flops, seconds, self._peak_flops * self._ranks.world_size),
             "data_share": max(each["data_seconds"] for each in of_ranks) / seconds,
             "peak_memory_bytes": max(each["memory"] for each in of_ranks),
             "seconds_left": (self._config.steps - self._step.steps) * per_step,
@@ -392,6 +392,17 @@ def _check_lengths(config: TrainConfig, model: Flamingo) -> None:
                 f"datasets.{dataset.name}.max_tokens: expected at most the language model's "
                 f"{model.max_tokens}, got {dataset.max_tokens}"
             )
+
+
+def _check_features(config: TrainConfig, model: Flamingo) -> None:
+    """Those on disk are of this encoder's weights, not of another one of its name."""
+    folders = {each.name: each.features for each in config.datasets if each.features is not None}
+    made_by = fingerprint(model.vision_encoder) if folders else None
+    for name, folder in folders.items():
+        try:
+            find_folder(folder, model.config.vision, made_by)
+        except ConfigError as error:
+            raise ConfigError(_within(f"datasets.{name}", str(error))) from None
 
 
 def _within(where: str, message: str) -> str:
