@@ -130,27 +130,24 @@ def prepare(
 
     FSDP shards each of these on its own, trained and frozen parameters apart: the language model's
     layers, new layers, resampler, vision encoder, learnt tokens, and what is left of the language
-    model. Gradients are summed, not averaged. Modules move to the device one by one as they are
-    sharded.
+    model. Gradients are summed, not averaged. One after another they get their dtype, move to the
+    device and are sharded. So of a model that `from_pretrained` left in its files no rank has more
+    than one of these and its own shards in memory.
 
     Arguments:
-        model: with the same weights on all ranks; or on "meta", then see `load_sharded`.
+        model: with the same weights on all ranks, which is not checked.
         precision: "bf16" or "fp32".
         ranks: what `make_ranks` returned, if that was called before.
 
     Raises:
-        ConfigError: a field of `parallel` that this model or these ranks don't have.
+        ConfigError: precision; a field of `parallel` that this model or these ranks don't have.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     ranks = make_ranks(parallel, device) if ranks is None else ranks
-    is_sharded = parallel.fsdp and ranks.dp_size > 1
-    is_meta = any(each.is_meta for each in model.parameters())
+    dtype = _DTYPES[precision]
     if ranks.mesh is not None and parallel.tensor_parallel > 1:
-        if not is_meta:
-            model.to(ranks.device)
         parallelize(model, ranks.mesh["tp"])
-    _cast(model, _DTYPES[precision], is_sharded)
     if parallel.activation_checkpointing:
         model.checkpoint()
         vision = model.vision_encoder
@@ -158,16 +155,19 @@ def prepare(
             vision.set_grad_checkpointing()
     if parallel.compile:
         _compile(model)
-    if is_sharded:
-        assert ranks.mesh is not None
-        _shard(model, ranks.mesh["dp"], precision, parallel.reshard_after_forward)
-    elif not is_meta:
-        model.to(ranks.device)
+    if ranks.mesh is not None and parallel.fsdp and ranks.dp_size > 1:
+        _shard(model, ranks, dtype, parallel.reshard_after_forward)
+    else:
+        _cast(model, dtype, ranks.device, is_sharded=False)
+        # What is left are buffers; parameters that are moved may lose their attribute.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(ranks.device)
     return ranks
 
 
-def _cast(model: nn.Module, dtype: torch.dtype, is_sharded: bool) -> None:
-    """Frozen parameters to `dtype`, trained ones too unless FSDP does so; those to fp32."""
+def _cast(model: nn.Module, dtype: torch.dtype, device: torch.device, is_sharded: bool) -> None:
+    """Parameters to the device, frozen ones to `dtype`, trained ones too unless FSDP does so."""
     done: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -175,18 +175,20 @@ def _cast(model: nn.Module, dtype: torch.dtype, is_sharded: bool) -> None:
                 continue
             # Of tied weights each of the modules gets the new one.
             if parameter not in done:
-                done[parameter] = _cast_parameter(parameter, dtype, is_sharded)
+                done[parameter] = _cast_parameter(parameter, dtype, device, is_sharded)
             module._parameters[name] = done[parameter]
 
 
-def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, is_sharded: bool) -> nn.Parameter:
+def _cast_parameter(
+    parameter: nn.Parameter, dtype: torch.dtype, device: torch.device, is_sharded: bool
+) -> nn.Parameter:
+    values = parameter.detach()
     if not parameter.requires_grad:
-        if parameter.dtype == dtype:
-            return parameter
-        return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-    wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-    if is_sharded or dtype == wide.dtype:
-        return parameter if wide.dtype == parameter.dtype else nn.Parameter(wide)
+        cast = values.to(device, dtype)
+        return parameter if cast is values else nn.Parameter(cast, requires_grad=False)
+    wide = values.to(device, torch.float32)
+    if is_sharded or dtype == torch.float32:
+        return parameter if wide is values else nn.Parameter(wide)
     narrow = nn.Parameter(wide.to(dtype))
     narrow.__dict__["wide"] = wide
     return narrow
@@ -202,8 +204,10 @@ def _layers(model: Flamingo) -> Iterator[Any]:
 def _compile(model: Flamingo) -> None:
     """Of layers their forward alone: hooks are around it, those of the new layers among them."""
     vision: Any = model.vision_encoder.model
-    stages = [block for stage in getattr(vision, "stages", ()) for block in stage]
-    for layer in (*_layers(model), model.resampler, *getattr(vision, "blocks", ()), *stages):
+    # Where timm's transformers and NFNets have their layers.
+    stages = [each for each in getattr(vision, "stages", ()) if isinstance(each, nn.Sequential)]
+    of_vision = [*getattr(vision, "blocks", ()), *(block for stage in stages for block in stage)]
+    for layer in (*_layers(model), model.resampler, *of_vision):
         layer.forward = torch.compile(layer.forward)
     # Called in the middle of a layer by vanilla cross-attention. It looks the media up, which
     # would be a graph for each batch.
@@ -211,28 +215,35 @@ def _compile(model: Flamingo) -> None:
     conditioning.attend = torch.compiler.disable(conditioning.attend)
 
 
-def _shard(model: Flamingo, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
+def _shard(model: Flamingo, ranks: Ranks, dtype: torch.dtype, reshard: bool) -> None:
+    assert ranks.mesh is not None
+    mesh = ranks.mesh["dp"]
     policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": policy,
-        "shard_placement_fn": functools.partial(fsdp_placement, size=mesh.size()),
-    }
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+    placement = functools.partial(fsdp_placement, size=mesh.size())
+
+    def shard(module: nn.Module, reshard_after_forward: bool) -> None:
+        _cast(module, dtype, ranks.device, is_sharded=True)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=placement,
+        )
+
     # Nothing here changes what a module returned in place, of which FSDP warns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for layer in _layers(model):
-        fully_shard(layer, reshard_after_forward=reshard, **options)
-    fully_shard(model.resampler, reshard_after_forward=reshard, **options)
-    if any(True for _ in model.vision_encoder.parameters()):
-        fully_shard(model.vision_encoder, reshard_after_forward=reshard, **options)
+    for layer in (*_layers(model), model.resampler, model.vision_encoder):
+        shard(layer, reshard)
     if model.tokens is not None:
         # The loss has its weight after `embed`, so it stays.
-        fully_shard(model.tokens, reshard_after_forward=False, **options)
+        shard(model.tokens, False)
         register_fsdp_forward_method(model.tokens, "embed")
     # What is left: embedding, last norm and head.
-    fully_shard(model, reshard_after_forward=False, **options)
+    shard(model, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
