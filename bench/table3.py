@@ -27,7 +27,7 @@ SECONDS_PER_PFLOP = 0.474
 SECONDS_PER_BILLION_TRAINABLE = 0.0997
 """In each pass over a dataset."""
 
-_BASELINE = "baseline"
+BASELINE = "baseline"
 
 # Chips as multiples of the baseline's, by which the paper multiplies the time (table 10). A cost
 # that chips don't share, as that of parameters, is multiplied by it.
@@ -109,9 +109,9 @@ def ratios(predictions: Iterable[Prediction]) -> dict[str, Ratios]:
         ValueError: the baseline isn't among them.
     """
     rows = {each.row: each for each in predictions}
-    if _BASELINE not in rows:
-        raise ValueError(f"predictions: expected one of {_BASELINE}, got {', '.join(rows)}")
-    base = rows[_BASELINE]
+    if BASELINE not in rows:
+        raise ValueError(f"predictions: expected one of {BASELINE}, got {', '.join(rows)}")
+    base = rows[BASELINE]
     return {
         name: Ratios(
             each.paper_seconds / base.paper_seconds,

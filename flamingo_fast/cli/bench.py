@@ -112,12 +112,37 @@ def table3(
             "--csv", dir_okay=False, writable=True, help="Write the numbers to this file, too."
         ),
     ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure, too: train models of the rows, made smaller. micro: minutes on 2 cores."
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="With --scale: rows, such as every_4th,mlp. Default: all."),
+    ] = None,
+    steps: Annotated[
+        int,
+        typer.Option(min=1, help="With --scale: steps of each row, and of the baseline with it."),
+    ] = 7,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --scale: such as cuda:1. Default: a GPU if there is one."),
+    ] = None,
 ) -> None:
     """Predict the step times of the rows of the paper's table 3, beside the printed ones.
 
-    From each model's operations and trainable parameters: nothing is trained, no weights are made.
+    From each model's operations and trainable parameters: nothing is trained, no weights are made,
+    unless --scale is given.
     """
     check_writable("csv", csv_file)
+    if scale is not None:
+        _table3_measured(scale, rows, steps, device, csv_file)
+        return
+    if rows is not None or device is not None:
+        name = "rows" if rows is not None else "device"
+        raise typer.BadParameter(f"{name}: expected --scale with it; predictions are of all rows")
 
     from flamingo_fast.bench.table3 import predict, render, write_csv
 
@@ -126,3 +151,44 @@ def table3(
     if csv_file is not None:
         write_csv(predictions, csv_file)
     wide_console().print(render(predictions))
+
+
+def _table3_measured(
+    scale: str, rows: str | None, steps: int, device: str | None, csv_file: Path | None
+) -> None:
+    import torch
+    from rich.progress import track
+
+    from flamingo_fast.bench import records, table3_measured
+    from flamingo_fast.bench.table3 import predict
+    from flamingo_fast.bench.table3_scales import SCALES
+
+    if scale not in SCALES:
+        raise typer.BadParameter(f"scale: expected one of {', '.join(SCALES)}; got {scale!r}")
+    try:
+        chosen = table3_measured.check_rows(filter(None, (rows or "").split(",")))
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=target)
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(reason) from error
+    if not chosen:
+        raise typer.BadParameter("rows: expected others than the baseline, with which they go")
+    records.set_threads()
+    console = Console(stderr=True)
+    with console.status("Counting"):
+        predictions = predict()
+    measurements = list(
+        track(
+            table3_measured.measure(SCALES[scale], chosen, steps, target),
+            "Measuring",
+            total=len(chosen),
+            console=console,
+            transient=True,
+        )
+    )
+    if csv_file is not None:
+        table3_measured.write_csv(measurements, predictions, csv_file)
+    out = wide_console()
+    out.print(table3_measured.render(measurements, predictions, SCALES[scale]))
+    out.print(str(records.environment(target)))
