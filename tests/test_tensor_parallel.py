@@ -4,6 +4,7 @@ import contextlib
 import copy
 import datetime
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.multiprocessing as mp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flamingo_fast.models.config import ConfigError, FlamingoConfig
@@ -23,10 +24,10 @@ from flamingo_fast.training import tensor_parallel
 from flamingo_fast.training.batch import Batch
 from flamingo_fast.training.checkpoints import Checkpoints
 from flamingo_fast.training.config import OptimizerConfig, ParallelConfig
-from flamingo_fast.training.parallel import make_ranks, prepare
+from flamingo_fast.training.parallel import Ranks, make_ranks, prepare
 from flamingo_fast.training.pieces import checkpointable
 from flamingo_fast.training.step import TrainStep, split_batch
-from flamingo_fast.training.tensor_parallel import parallelize
+from flamingo_fast.training.tensor_parallel import fsdp_placement, parallelize
 
 # fp32 sums of two ranks' products, in another order than one process makes them.
 LOSS = {"rtol": 1e-5, "atol": 1e-5}
@@ -98,32 +99,34 @@ def check_same_weights(model: Flamingo, expected: Flamingo) -> None:
         )
 
 
-def _worker(rank: int, world: int, store: str, check: Callable[..., None], args: Any) -> None:
+def _worker(rank: int, world: int, folder: str, checks: tuple[Callable[[str], None], ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=120),
     )
     try:
-        check(*args)
+        for check in checks:
+            check(folder)
         # A rank that leaves while another still talks to it can abort it.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def on_ranks(world: int, tmp_path: Any, check: Callable[..., None], *args: Any) -> None:
-    mp.spawn(_worker, args=(world, str(tmp_path / "store"), check, args), nprocs=world)
+def on_ranks(world: int, folder: Path, *checks: Callable[[str], None]) -> None:
+    """Several checks in the same processes: starting these takes longer than most checks."""
+    mp.spawn(_worker, args=(world, str(folder), checks), nprocs=world)
 
 
 def _mesh() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
-def _gradients_are_the_same() -> None:
+def check_gradients(folder: str) -> None:
     mesh = _mesh()
     for kind, resampler in [(each, "perceiver") for each in KINDS] + [
         (KINDS[0], each) for each in RESAMPLERS[1:]
@@ -161,37 +164,54 @@ def _check_gradients(shared: Flamingo, one: Flamingo, case: str) -> None:
     assert {f"self_attn.{each}" for each in of_lm} | {"mlp.1.weight", "mlp.3.weight"} <= split
 
 
-def test_losses_gradients_and_weights_are_one_process_s(tmp_path):
-    on_ranks(2, tmp_path, _gradients_are_the_same)
-
-
-def _trains_as_one_process(folder: str) -> None:
-    mesh, checkpoints = _mesh(), Checkpoints(folder)
+def check_training(folder: str) -> None:
     for optimisation in ("accumulation", "round_robin"):
         one = make_model()
         shared = copy.deepcopy(one)
-        parallelize(shared, mesh)
-        shared.checkpoint()
+        prepare(
+            shared, ParallelConfig(tensor_parallel=2, activation_checkpointing=True), "fp32", "cpu"
+        )
         steps = make_step(one, optimisation), make_step(shared, optimisation, micro_batch_size=2)
-        for number in range(3):
+        for number in range(2):
             expected, got = (step(mixture(number)) for step in steps)
             assert got.losses == pytest.approx(expected.losses, rel=1e-4)
             assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
         check_same_weights(shared, one)
-    # What two ranks save one process loads, and the other way round.
-    checkpoints.save(1, steps[1].state(), {})
-    alone = make_step(make_model(), optimisation)
+
+
+def check_training_in_bf16(folder: str) -> None:
+    one = make_model()
+    shared = copy.deepcopy(one)
+    prepare(one, ParallelConfig(), "bf16", "cpu", Ranks(torch.device("cpu")))
+    prepare(shared, ParallelConfig(tensor_parallel=2), "bf16", "cpu")
+    steps = make_step(one), make_step(shared)
+    for number in range(2):
+        expected, got = (step(mixture(number)) for step in steps)
+        # A bf16 number has 8 bits.
+        assert got.losses == pytest.approx(expected.losses, rel=2e-2)
+        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+
+
+def check_checkpoints(folder: str) -> None:
+    """What two ranks save one process loads, and the other way round."""
+    checkpoints = Checkpoints(f"{folder}/checkpoints")
+    shared = make_model()
+    parallelize(shared, _mesh())
+    step = make_step(shared)
+    step(mixture(0))
+    checkpoints.save(1, step.state(), {})
+    alone = make_step(make_model())
     _load(alone, checkpoints)
-    saved, loaded = steps[1].state(), alone.state()
+    saved, loaded = step.state(), alone.state()
     for key in ("weights", "exp_avg", "exp_avg_sq"):
         for name, tensor in loaded[key].items():
             assert torch.equal(tensor, whole(saved[key][name])), f"{key}: {name}"
-    checkpoints.save(2, alone.state(), {})
+    checkpoints.save(2, loaded, {})
     again = make_model()
-    parallelize(again, mesh)
-    resumed = make_step(again, optimisation, micro_batch_size=2)
+    parallelize(again, _mesh())
+    resumed = make_step(again)
     _load(resumed, checkpoints)
-    assert resumed(mixture(3)) == steps[1](mixture(3))
+    assert resumed(mixture(1)) == step(mixture(1))
     for (name, got), expected in zip(again.named_parameters(), shared.parameters(), strict=True):
         assert torch.equal(whole(got), whole(expected)), name
 
@@ -202,8 +222,10 @@ def _load(step: TrainStep, checkpoints: Checkpoints) -> None:
     step.load(state)
 
 
-def test_train_steps_and_checkpoints_are_one_process_s(tmp_path):
-    on_ranks(2, tmp_path, _trains_as_one_process, str(tmp_path / "checkpoints"))
+@pytest.mark.slow
+def test_two_ranks_do_what_one_process_does(tmp_path):
+    checks = (check_gradients, check_training, check_training_in_bf16, check_checkpoints)
+    on_ranks(2, tmp_path, *checks)
 
 
 @contextlib.contextmanager
@@ -268,6 +290,17 @@ def test_what_the_ranks_do_not_divide_is_refused_by_name(lm, field, got):
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
 
 
+def test_widths_that_fsdp_can_not_share_are_refused_by_name():
+    model = flamingo("chinchilla")
+    with fake_mesh(2) as mesh:
+        parallelize(model, mesh)
+        weight = model.lang_model.layers[0].self_attn.to_qkv.weight
+        assert fsdp_placement(weight, size=4) == Shard(1)
+        with pytest.raises(ConfigError, match="divide the widths .* got 3 and a width of 32"):
+            fsdp_placement(weight, size=3)
+        assert fsdp_placement(model.lang_model.layers[0].self_attn.to_out.weight, size=3) is None
+
+
 def test_what_is_not_ours_to_split_is_refused_by_name():
     class LoRA(nn.Linear):
         pass
@@ -324,7 +357,7 @@ def test_pieces_are_only_for_checkpoints():
             pieces + 1
 
 
-def _trains_with_fsdp(folder: str) -> None:
+def check_training_with_fsdp(folder: str) -> None:
     parallel = ParallelConfig(tensor_parallel=2)
     ranks = make_ranks(parallel, "cpu")
     one, alone = make_model(), make_model()
@@ -342,7 +375,7 @@ def _trains_with_fsdp(folder: str) -> None:
         assert got.losses == pytest.approx(expected.losses, rel=1e-4)
         assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
     check_same_weights(shared, one)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(f"{folder}/checkpoints")
     checkpoints.save(2, steps[1].state(), {})
     loaded = make_step(alone)
     _load(loaded, checkpoints)
@@ -350,5 +383,6 @@ def _trains_with_fsdp(folder: str) -> None:
         assert torch.equal(got, whole(expected)), name
 
 
-def test_with_fsdp_over_the_other_ranks(tmp_path):
-    on_ranks(4, tmp_path, _trains_with_fsdp, str(tmp_path / "checkpoints"))
+@pytest.mark.slow
+def test_two_times_two_ranks_with_fsdp_do_so_too(tmp_path):
+    on_ranks(4, tmp_path, check_training_with_fsdp)
