@@ -317,27 +317,27 @@ def collate(
         has_features: whether media are features.
     """
     documents = [row for each in rows for row in each.documents]
-    longest = max((len(row[0].ids) for row in documents), default=0)
-    length = max_tokens if pack else longest
-    input_ids = torch.full((len(documents), length), pad_token_id, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORED)
-    attention_mask = torch.zeros_like(input_ids)
+    lengths = [sum(len(each.ids) for each in row) for row in documents]
+    length = max_tokens if pack else max(lengths, default=0)
+    # As lists first: a batch may have ten thousand documents, and a tensor of each takes time.
+    ids: list[int] = []
     boundaries = [0]
     flat = []
     for i, row in enumerate(documents):
-        end = 0
         for document in row:
-            start, end = end, end + len(document.ids)
-            ids = torch.tensor(document.ids)
-            input_ids[i, start:end] = ids
-            labels[i, start:end] = ids.masked_fill(ids == image_token_id, IGNORED)
-            labels[i, start] = IGNORED
-            attention_mask[i, start:end] = 1
-            boundaries.append(i * length + end)
+            ids += document.ids
+            boundaries.append(len(ids))
             flat.append(document)
-        if pack and end < length:
-            boundaries.append((i + 1) * length)
-            flat.append(Document([], 0, None if row[0].attend is None else "previous"))
+        if lengths[i] < length:
+            ids += [pad_token_id] * (length - lengths[i])
+            if pack:
+                boundaries.append(len(ids))
+                flat.append(Document([], 0, None if row[0].attend is None else "previous"))
+    input_ids = torch.tensor(ids, dtype=torch.int64).view(len(documents), length)
+    is_text = torch.arange(length) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    labels = input_ids.masked_fill(~is_text | (input_ids == image_token_id), IGNORED)
+    firsts = boundaries[:-1] if pack else range(0, len(ids), max(length, 1))
+    labels.view(-1)[list(firsts)] = IGNORED
     attend = [each.attend for each in flat if each.attend is not None]
     pixels: torch.Tensor | list[torch.Tensor] | None = None
     features = None
@@ -354,7 +354,7 @@ def collate(
     return Batch(
         input_ids=input_ids,
         labels=labels,
-        attention_mask=None if pack else attention_mask,
+        attention_mask=None if pack else is_text.long(),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32) if pack else None,
         num_media=[each.num_media for each in flat],
         attend=attend or None,

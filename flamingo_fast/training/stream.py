@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import multiprocessing.connection
 import multiprocessing.util
+import os
 import signal
-import time
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,7 +45,6 @@ _LOOK_AHEAD = 16
 _MOST_BAD = 1000
 # Batches that a worker process is ahead.
 _PREFETCH = 2
-_SECONDS = 1.0
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -495,7 +495,7 @@ def _kill(processes: Sequence[Any]) -> None:
 
 
 def _what_ended(process: Any) -> str:
-    process.join(_SECONDS)
+    process.join(1)
     code = process.exitcode
     if code is None or code >= 0:
         return f"a process that reads it ended, exit code {code}"
@@ -514,25 +514,28 @@ def _work(lanes: Sequence[Lane], pipe: Any, free: Any) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
-    is_on = True
-    while is_on:
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    while True:
         try:
             made: Any = _part(lanes)
         except Exception as error:
-            made, is_on = _plain(error), False
-        while not free.acquire(timeout=_SECONDS):
-            if parent is None or not parent.is_alive():
-                return
+            made = _plain(error)
+        free.acquire()
         try:
             pipe.send(made)
-        except (BrokenPipeError, ConnectionError):
-            return
         except Exception as error:
-            pipe.send(_plain(error))
-            return
-    # Tensors on their way are fetched from this process.
-    while parent is not None and parent.is_alive():
-        time.sleep(_SECONDS)
+            made = _plain(error)
+            pipe.send(made)
+        if isinstance(made, StreamError):
+            # Tensors that were sent before are fetched from this process.
+            threading.Event().wait()
+
+
+def _end_with(parent: Any) -> None:
+    """Ends this process with its parent, even if that was killed while this one sends."""
+    parent.join()
+    os._exit(1)
 
 
 def _plain(error: Exception) -> StreamError:
