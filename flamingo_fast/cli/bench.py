@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 
+def _bench_packing(device: "torch.device") -> None:
+    from flamingo_fast.bench import packed_training, records
+
+    records.set_threads()
+    try:
+        measured = packed_training.run(device)
+    except ImportError as error:
+        raise typer.BadParameter(f"packing: {error}") from error
+    Console().print(packed_training.render(measured))
+
+
 def _bench_model(preset: str, dtype: str, device: "torch.device") -> None:
     from flamingo_fast.bench import records, whole_model
     from flamingo_fast.bench.registry import DTYPES
@@ -59,6 +70,13 @@ def bench(
             "in bf16, or the first --dtype."
         ),
     ] = None,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing",
+            help="Instead: train flamingo-mini on image-text pairs, several in a row or one.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -79,6 +97,9 @@ def bench(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if model is not None:
         _bench_model(model, (dtype or ["bf16"])[0], device)
+        return
+    if packing:
+        _bench_packing(device)
         return
     out = out or records.DEFAULT_OUT
     try:
