@@ -326,7 +326,7 @@ def _distribute(
     module._parameters[name] = nn.Parameter(shared, requires_grad=whole.requires_grad)
 
 
-def fsdp_placement(parameter: nn.Parameter, *, size: int = 1) -> Shard | None:
+def fsdp_placement(parameter: nn.Parameter, *, size: int) -> Shard | None:
     """`shard_placement_fn` of `fully_shard` over `size` ranks, for models that were split.
 
     Rows of several pieces are no range, so FSDP shards columns there, which it does in equal parts
