@@ -22,6 +22,7 @@ import yaml
 from flamingo_fast.models.fields import from_dict
 from flamingo_fast.training import checkpoints, trainer
 from flamingo_fast.training.config import TrainConfig
+from flamingo_fast.training.run_folder import Lock
 from flamingo_fast.training.step import TrainStep
 
 COLORS = ["red", "green", "blue", "white", "black", "yellow"]
@@ -173,8 +174,26 @@ def finish(processes: list[Any]) -> list[int]:
     return codes
 
 
+def hold(folder: Path) -> Any:
+    """A process that has the folder's lock until it is killed."""
+    mine, theirs = _PROCESSES.Pipe()
+    process = _PROCESSES.Process(target=_hold, args=(folder, theirs))
+    process.start()
+    mine.recv()
+    return process
+
+
+def _hold(folder: Path, ready: Any) -> None:
+    lock = Lock(folder)
+    ready.send(None)
+    signal.pause()
+    del lock
+
+
 def _train(rank: int, ranks: int, port: int, values: dict[str, Any], kill: str) -> None:
     torch.set_num_threads(1)
+    # Of what starts a process its processes start others, too: it would import all anew.
+    multiprocessing.set_start_method("fork", force=True)
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank),

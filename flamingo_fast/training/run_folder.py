@@ -32,7 +32,7 @@ _ACCEPTABLE = frozenset(
 
 
 class Lock:
-    """Keeps other processes out of a folder, until this one ends, however it does.
+    """Keeps other processes out of a folder, until it is closed or this one ends.
 
     Raises:
         OSError: another has it, or the folder can't be written.
@@ -45,10 +45,15 @@ class Lock:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
+            self.close()
             raise OSError(f"{folder}: another run writes there") from None
         except OSError:
             # A file system without locks.
             pass
+
+    def close(self) -> None:
+        """Lets others in."""
+        self._file.close()
 
 
 def remove_run(folder: Path) -> None:

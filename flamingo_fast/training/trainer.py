@@ -93,12 +93,10 @@ def train(
         StreamError: a dataset that can't be read on.
         OSError: `out` can't be written, or another run has it.
     """
-    with _stop_by_signal() as stop, _distributed(config) as device:
-        run = _Run(config, device, stop, fresh, accept_changes, console)
-        try:
-            return run()
-        finally:
-            run.close()
+    with contextlib.ExitStack() as resources:
+        stop = resources.enter_context(_stop_by_signal())
+        device = resources.enter_context(_distributed(config))
+        return _Run(config, device, stop, resources, fresh, accept_changes, console)()
 
 
 class _Run:
@@ -109,11 +107,13 @@ class _Run:
         config: TrainConfig,
         device: torch.device,
         stop: threading.Event,
+        resources: contextlib.ExitStack,
         fresh: bool,
         accept_changes: bool,
         console: Console | None,
     ) -> None:
         self._config, self._device, self._stop = config, device, stop
+        self._resources = resources
         self._out = Path(config.out)
         self._streams: dict[str, Stream] = {}
         # All that a user may have wrong is looked at before weights are made.
@@ -131,7 +131,9 @@ class _Run:
             extra = self._checkpoints.extra(self._checkpoint)
             check_same_run(extra["config"], self._recorded, accept_changes)
         for dataset in config.datasets:
-            self._streams[dataset.name] = self._make_stream(dataset, source.config)
+            stream = self._make_stream(dataset, source.config)
+            self._streams[dataset.name] = stream
+            resources.callback(stream.close)
 
         self._model = make_model(source, config.seed)
         _check_lengths(config, self._model)
@@ -170,11 +172,6 @@ class _Run:
                 self._save_model()
         model = self._out / MODEL if is_complete else None
         return RunResult(step.steps, is_complete, model, self._checkpoint)
-
-    def close(self) -> None:
-        """Ends the processes that read."""
-        for stream in self._streams.values():
-            stream.close()
 
     def _announce(self) -> None:
         for name, stream in self._streams.items():
@@ -294,7 +291,7 @@ class _Run:
         export(self._model, self._tokenizer, self._out / MODEL, _DTYPES[self._config.precision])
 
     def _take_folder(self, fresh: bool) -> None:
-        self._lock = Lock(self._out)
+        self._resources.enter_context(contextlib.closing(Lock(self._out)))
         if fresh:
             remove_run(self._out)
 
