@@ -22,7 +22,7 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test bench aot gpu gpu-test gpu-bench install clean distclean
+.PHONY: check lint test bench aot demo gpu gpu-test gpu-bench install clean distclean
 
 check: lint test
 
@@ -41,6 +41,12 @@ bench: $(STAMP)
 
 aot: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast kernels)
+
+# A small model learns to caption digits in a few minutes; exits with 1 if it doesn't.
+DEMO_OUT ?= build/demo
+
+demo: $(STAMP)
+	$(call timed,$@,$(BIN)/flamingo-fast demo --fresh --out $(DEMO_OUT))
 
 # On a machine with a GPU, with what PYTHON has installed: kernels and modules against the oracle,
 # then benchmarks, of which each adds its rows to $(GPU_OUT)/results.csv.
