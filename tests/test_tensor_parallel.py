@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
+from run_cases import config, finish, make_data, metrics, start
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -119,7 +120,10 @@ def _worker(rank: int, world: int, folder: str, checks: tuple[Callable[[str], No
 
 def on_ranks(world: int, folder: Path, *checks: Callable[[str], None]) -> None:
     """Several checks in the same processes: starting these takes longer than most checks."""
-    mp.spawn(_worker, args=(world, str(folder), checks), nprocs=world)
+    # As runs are started, of a process that has imported what takes seconds.
+    mp.start_processes(
+        _worker, (world, str(folder), checks), nprocs=world, start_method="forkserver"
+    )
 
 
 def _mesh() -> DeviceMesh:
@@ -386,3 +390,25 @@ def check_training_with_fsdp(folder: str) -> None:
 @pytest.mark.slow
 def test_two_times_two_ranks_with_fsdp_do_so_too(tmp_path):
     on_ranks(4, tmp_path, check_training_with_fsdp)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_ranks_that_share_layers(tmp_path):
+    """As it would have in one process: packed rows, frozen parts, learnt tokens and all."""
+    make_data(tmp_path)
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    runs = [
+        (1, config(tmp_path, alone)),
+        (1, config(tmp_path, shared, steps=2)),
+        (2, config(tmp_path, shared, parallel={"tensor_parallel": 2})),
+    ]
+    for ranks, values in runs:
+        assert finish(start(values, ranks=ranks)) == [0] * ranks
+    lines = [*zip(metrics(shared), metrics(alone), strict=True)]
+    assert len(lines) == 3
+    for line, expected in lines:
+        assert line.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-4)
+        assert line.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=1e-4)
+        assert line == expected
+    got, expected = (Flamingo.from_pretrained(each / "model") for each in (shared, alone))
+    check_same_weights(got, expected)
