@@ -201,7 +201,7 @@ def _worker(rank: int, store: str, check: Callable[..., None], arguments: tuple[
         init_method=f"file://{store}",
         rank=rank,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=120),
     )
     try:
         for argument in arguments:
@@ -216,14 +216,10 @@ def on_two_ranks(tmp_path: Any, check: Callable[..., None], *arguments: Any) -> 
     mp.spawn(_worker, args=(str(tmp_path / "store"), check, arguments), nprocs=WORLD)
 
 
-NAMES = list(CASES)
-
-
-# Several in a process: most of the time is that of the imports.
+# All in the same processes: most of the time is that of their imports.
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [NAMES[:8], NAMES[8:]], ids=["chinchilla", "others"])
-def test_two_ranks_train_as_one(names, tmp_path):
-    on_two_ranks(tmp_path, check_case, *names)
+def test_two_ranks_train_as_one(tmp_path):
+    on_two_ranks(tmp_path, check_case, *CASES)
 
 
 def check_skipping(name: str, rank: int) -> None:
@@ -271,6 +267,7 @@ def save_case(name: str, rank: int) -> None:
         torch.save(dataclasses.asdict(result), f"{folder}.result")
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_on_what_to_skip_and_refuse(tmp_path, monkeypatch):
     monkeypatch.setenv("SAVED", str(tmp_path / "saved"))
     on_two_ranks(tmp_path, check_all, "accumulation")

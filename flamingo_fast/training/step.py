@@ -58,8 +58,11 @@ class TrainStep:
     global norm. Where a loss or that norm is not finite, on any rank, no rank makes the update:
     weights and moments stay as they are.
 
-    Every step seeds PyTorch's generators by `seed`, its own number and the rank, so there is no
-    state of theirs to keep.
+    Every step seeds PyTorch's generators by `seed`, its own number and `dp_group`'s rank, so there
+    is no state of theirs to keep.
+
+    With FSDP each backward sums its gradients over ranks, so that no rank holds whole ones; with
+    whole models that happens once an update.
 
     Arguments:
         model: on its device, sharded or not, see `parallel.prepare`. Its trainable parameters are
@@ -129,7 +132,6 @@ class TrainStep:
             )
         if not self.model.training:
             self.model.train()
-        # Others must not see two numbers for one thing where a step fails half way.
         torch.manual_seed(_seed_of(self.seed, self.steps, self._dp_rank))
         micro_batches = {
             name: [*split_batch(batches[name], self.micro_batch_size)]
