@@ -533,7 +533,7 @@ def test_of_a_config(name):
     """A gray image is (value - mean) / std everywhere, at the config's size."""
     tokenizer = word_tokenizer()
     found = FlamingoProcessor.of(config_of(tokenizer, name), tokenizer)
-    batch = found([[image_of((51, 51, 51), (40, 90)), "a cat"]])
+    batch = found([[image_of((51, 51, 51), (90, 90)), "a cat"]])
     assert batch.pixel_values.shape == (1, 1, 3, SIZE, SIZE)
     mean, std = {
         "nfnet_mini": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -552,11 +552,15 @@ def test_images_padded_as_the_paper_does():
     """A wide image keeps its shape, on its mean colour."""
     tokenizer = word_tokenizer()
     config = config_of(tokenizer)
-    found = FlamingoProcessor.of(config, tokenizer, crop_mode="border", crop_pct=1.0)
-    pixels = found([[image_of((255, 255, 255), (56, 28))]]).pixel_values[0, 0, 0]
+    found = FlamingoProcessor.of(config, tokenizer)
+    wide = image_of((255, 255, 255), (56, 28))
+    pixels = found([[wide]]).pixel_values[0, 0, 0]
     assert pixels.shape == (SIZE, SIZE)
     assert (pixels[:6].abs() < 0.02).all() and (pixels[-6:].abs() < 0.02).all()
     assert (pixels[8:-8] > 2).all()
+    squashed = dataclasses.replace(config.vision, pad_images=False)
+    found = FlamingoProcessor.of(dataclasses.replace(config, vision=squashed), tokenizer)
+    assert (found([[wide]]).pixel_values > 2).all()
 
 
 def test_frames_of_a_config():

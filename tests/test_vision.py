@@ -302,6 +302,9 @@ def test_preprocessing(name, mean, crop_mode):
     config = VisionConfig(encoder=name, image_size=56)
     found = data_config(config)
     assert found["input_size"] == (3, 56, 56)
-    assert found["mean"][0] == mean and found["crop_mode"] == crop_mode
+    assert found["mean"][0] == mean and found["crop_mode"] == "border"
+    as_in_timm = data_config(dataclasses.replace(config, pad_images=False))
+    assert as_in_timm == found | {key: as_in_timm[key] for key in ("crop_mode", "crop_pct")}
+    assert as_in_timm["crop_mode"] == crop_mode
     with pytest.raises(ConfigError, match="vision.encoder"):
         data_config(dataclasses.replace(config, encoder="nowhere"))

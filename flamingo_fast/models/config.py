@@ -39,12 +39,16 @@ class VisionConfig:
         image_size: height and width of images, in pixels. The paper's are 320.
         is_frozen: whether it gets no gradients and stays in eval mode (table 3's baseline).
         is_pretrained: whether timm's weights are loaded, which needs a network or a cache.
+        pad_images: whether images keep their aspect, and are padded to a square with the mean
+            colour (appendix B.1.2); if not, they are cropped or squashed as the encoder's weights
+            in timm want it.
     """
 
     encoder: str = "nfnet_f6"
     image_size: int = 320
     is_frozen: bool = True
     is_pretrained: bool = False
+    pad_images: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "vision")

@@ -67,7 +67,7 @@ def open_flamingo_config(
     tokens = {image_token_id, eoc_token_id}
     vocab_size = vocab_size_of(lang_model)
     return FlamingoConfig(
-        vision=vision or VisionConfig(encoder="clip_vit_l14", image_size=224),
+        vision=vision or VisionConfig("clip_vit_l14", 224, pad_images=False),
         resampler=ResamplerConfig(dim=vision_features, max_num_frames=None, **shared),
         conditioning=ConditioningConfig(
             every=cross_attn_every_n_layers,

@@ -165,15 +165,12 @@ class FlamingoProcessor:
         """For a model.
 
         Arguments:
-            config: of the model. Images are transformed as its vision encoder's weights in timm
-                want it.
+            config: of the model; `config.vision` says how images are transformed.
             tokenizer, image_token: see the class.
             eoc_token: see the class; without effect where `config.eoc_token_id` is None.
             num_frames: see the class; None: as many as the resampler has embeddings for, or 8.
-            image_transform: see the class; None: what the encoder's weights want.
-            transform: arguments of `timm.data.create_transform` that replace the encoder's.
-                `crop_mode="border", crop_pct=1.0` pads images to a square as the paper does
-                (appendix B.1.2).
+            image_transform: see the class; None: as `config.vision` says.
+            transform: arguments of `timm.data.create_transform` that replace those.
 
         Raises:
             ConfigError: the tokens have other ids in the tokenizer than in the config, or timm

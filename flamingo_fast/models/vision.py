@@ -24,6 +24,8 @@ _TIMM_NAMES = {
 }
 # Small variants, and the model whose images' preprocessing they share.
 _MINI_NAMES = {"nfnet_mini": "nfnet_f0", "vit_mini": "clip_vit_l14"}
+# Arguments of timm.data.create_transform.
+_PADDED: dict[str, Any] = {"crop_mode": "border", "crop_pct": 1.0}
 
 
 class VisionEncoder(nn.Module):
@@ -160,7 +162,8 @@ class VisionEncoder(nn.Module):
 def data_config(config: VisionConfig) -> dict[str, Any]:
     """How images become the encoder's input, as arguments of `timm.data.create_transform`.
 
-    That of the encoder's weights in timm, for images of `config.image_size`.
+    That of the encoder's weights in timm, for images of `config.image_size`; with
+    `config.pad_images` all of an image is there, and padding around it.
 
     Raises:
         ConfigError: vision.encoder is no name that timm knows.
@@ -168,7 +171,8 @@ def data_config(config: VisionConfig) -> dict[str, Any]:
     timm = require("timm")
     name = _timm_name(_MINI_NAMES.get(config.encoder, config.encoder))
     weights = timm.models.get_pretrained_cfg(name).to_dict()
-    return timm.data.resolve_data_config({"img_size": config.image_size}, pretrained_cfg=weights)
+    found = timm.data.resolve_data_config({"img_size": config.image_size}, pretrained_cfg=weights)
+    return found | (_PADDED if config.pad_images else {})
 
 
 def _timm_name(encoder: str) -> str:

@@ -23,7 +23,7 @@ from flamingo_fast.training.features import (
 )
 from flamingo_fast.training.samples import Limits, Medium, parse
 from flamingo_fast.training.shards import ShardSet
-from flamingo_fast.training.transforms import PAPER_TRANSFORM, Transform
+from flamingo_fast.training.transforms import Transform
 
 # Media that are decoded while others are encoded, for each that is encoded at once.
 _AHEAD = 2
@@ -93,9 +93,7 @@ def encode_features(
     folder = Path(out) / folder_name(config, fingerprint(encoder))
     folder.mkdir(parents=True, exist_ok=True)
     writer = FeatureWriter(FeatureCache(folder))
-    transform = Transform(
-        require("timm.data").create_transform(**data_config(config) | PAPER_TRANSFORM)
-    )
+    transform = Transform(require("timm.data").create_transform(**data_config(config)))
     done = Encoded(folder)
 
     def prepare(task: _Task) -> tuple[torch.Tensor, bool] | BadSample:

@@ -25,7 +25,6 @@ from flamingo_fast.models.extras import require
 from flamingo_fast.models.vision import data_config
 from flamingo_fast.training.bad_samples import BadSample
 from flamingo_fast.training.samples import Limits, Medium
-from flamingo_fast.training.transforms import PAPER_TRANSFORM
 
 _SUFFIX = ".safetensors"
 _PARTIAL = ".partial"
@@ -76,7 +75,7 @@ def fingerprint(encoder: nn.Module) -> str:
 
 def folder_name(config: VisionConfig, encoder_fingerprint: str) -> str:
     """Of an encoder, its weights, and images as they become its input."""
-    transform = json.dumps(data_config(config) | PAPER_TRANSFORM, sort_keys=True)
+    transform = json.dumps(data_config(config), sort_keys=True)
     digest = hashlib.sha256(f"{encoder_fingerprint}\n{transform}".encode()).hexdigest()[:16]
     return f"{_prefix(config)}{digest}"
 

@@ -37,7 +37,6 @@ from flamingo_fast.training.rows import (
     gather,
 )
 from flamingo_fast.training.shards import ShardSet
-from flamingo_fast.training.transforms import PAPER_TRANSFORM
 
 # Documents that a packed row is chosen from.
 _LOOK_AHEAD = 16
@@ -370,8 +369,7 @@ def make_stream(
     Arguments:
         dataset: one of `train.datasets`.
         train: the run: tokens, seed, workers.
-        model: of the model. Images are transformed as its vision encoder's weights in timm want it,
-            and padded to a square.
+        model: of the model, whose vision config says how images are transformed.
         tokenizer: gets the two tokens where it lacks them.
         rank, world_size: among those that have different rows.
         image_transform: in place of that: PIL image in RGB to (3, H, W).
@@ -388,7 +386,6 @@ def make_stream(
         image_token=train.image_token,
         eoc_token=train.eoc_token,
         image_transform=image_transform,
-        **PAPER_TRANSFORM,
     )
     features = None
     if dataset.features is not None:
