@@ -327,6 +327,18 @@ def test_text_alone_gives_every_parameter_a_gradient(kind, resampler, is_packed)
         assert encoder.calls == []
 
 
+@pytest.mark.parametrize("family", ["llama", "chinchilla"])
+def test_nothing_waits_for_a_device(family):
+    """There are no values on "meta" that anything could wait for."""
+    model = flamingo(family).to("meta").train()
+    arguments = {
+        name: each.to("meta") if name in ("input_ids", "labels", "videos") else each
+        for name, each in _packed().packed.items()
+    }
+    model(**arguments, loss_reduction="sum").loss.backward()
+    assert all(each.grad is not None for each in model.resampler.parameters())
+
+
 @pytest.mark.parametrize("resampler", ["perceiver", "mlp", "transformer"])
 def test_where_ranks_share_it_videos_are_resampled_in_one_call(resampler, monkeypatch):
     """However many numbers of frames there are: other ranks have others."""

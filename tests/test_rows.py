@@ -323,6 +323,10 @@ class TestBatches:
         batch = batch_of([[document(5, 6)], [document(7)]], [], pack=False)
         assert batch.pixels is None and batch.features is None and batch.num_media == [0, 0]
 
+    def test_text_alone_of_a_dataset_with_features_does_not_run_the_encoder(self) -> None:
+        batch = batch_of([[document(5, 6)]], [], pack=False, has_features=True)
+        assert batch.pixels is None and batch.features == []
+
     def test_media_of_other_sizes_are_refused(self) -> None:
         media = [torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 4)]
         with pytest.raises(ValueError, match=r"media: .* got \(3, 2, 2\), \(3, 2, 4\)"):

@@ -29,7 +29,7 @@ class Batch:
         pixels: (media_total, F, 3, H, W) in the order of rows, or a list of (F, 3, H, W) where F
             differs; None: there are no media, or features are given.
         features: in place of pixels, what a frozen vision encoder made of them: a list of
-            (F, S, width).
+            (F, S, width), empty where there are no media. None: the encoder is to run.
         num_samples: samples in it: documents without padding.
     """
 

@@ -340,7 +340,8 @@ def collate(
     labels.view(-1)[list(firsts)] = IGNORED
     attend = [each.attend for each in flat if each.attend is not None]
     pixels: torch.Tensor | list[torch.Tensor] | None = None
-    features = None
+    # Empty, it still says that the vision encoder is not to run: on other ranks it doesn't.
+    features: list[torch.Tensor] | None = [] if has_features else None
     frames = [count for each in rows for count in each.frames]
     if frames:
         parts = [each.media for each in rows if each.media is not None]
