@@ -8,6 +8,8 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 
+from fresh_venv import ROOT  # noqa: E402
+
 from flamingo_fast.models.config import ConfigError  # noqa: E402
 from flamingo_fast.training.config import (  # noqa: E402
     FINETUNING,
@@ -16,6 +18,7 @@ from flamingo_fast.training.config import (  # noqa: E402
     ParallelConfig,
     TrainConfig,
 )
+from flamingo_fast.training.model_source import find_source  # noqa: E402
 
 VALID = """
 model: flamingo-mini
@@ -146,3 +149,14 @@ def test_every_field_is_documented() -> None:
         for field in dataclasses.fields(cls):
             if field.name not in ("optimizer", "parallel", "seed", "device", "beta1", "beta2"):
                 assert field.name in (cls.__doc__ or ""), f"{cls.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda x: x.stem)
+def test_examples_are_configs(path: Path) -> None:
+    is_tuning = path.stem.startswith("finetune")
+    defaults = FINETUNING | {"model": "flamingo-3b"} if is_tuning else None
+    config = TrainConfig.from_yaml(path, defaults)
+    if isinstance(config.model, dict) or is_tuning:
+        source = find_source(config)
+        assert source.config.vision.image_size == (480 if is_tuning else 224)
+        assert source.config.vision.is_frozen != is_tuning

@@ -85,6 +85,24 @@ def make_model(source: ModelSource, seed: int) -> Flamingo:
         return model
 
 
+def random_parts(source: ModelSource) -> list[str]:
+    """Parts that stay as chance made them: frozen, and with no weights from anywhere."""
+    config = source.config
+    if source.base is not None:
+        return random_parts(source.base)
+    if source.folder is not None:
+        return []
+    has_weights = {
+        "lm": config.lm.kind == "huggingface" and config.lm.is_pretrained and bool(config.lm.name),
+        "vision": config.vision.is_pretrained,
+    }
+    return [
+        f"model.{name}"
+        for name, part in (("vision", config.vision), ("lm", config.lm))
+        if part.is_frozen and not has_weights[name]
+    ]
+
+
 def load_tokenizer(name: str) -> Any:
     """A tokenizer of a folder, of a file (tokenizer.json), or that transformers finds by name.
 
@@ -111,8 +129,7 @@ def make_processor(train: TrainConfig, config: FlamingoConfig, tokenizer: Any) -
     """What knows the tokens of the run; adds `image_token` and `eoc_token` to the tokenizer.
 
     Raises:
-        ConfigError: the tokenizer has other ids for them than the model, or tokens that the model
-            lacks.
+        ConfigError: the tokenizer has other ids for them than the model.
     """
     try:
         processor = FlamingoProcessor.of(
@@ -122,13 +139,6 @@ def make_processor(train: TrainConfig, config: FlamingoConfig, tokenizer: Any) -
         raise ConfigError(f"model.{error}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.lm.kind == "chinchilla":
-        beyond = sum(each >= config.lm.vocab_size for each in config.learnt_token_ids)
-        if len(tokenizer) > config.lm.vocab_size + beyond:
-            raise ConfigError(
-                f"tokenizer: expected at most the model's {config.lm.vocab_size + beyond} tokens "
-                f"(model.lm.vocab_size and model.learnt_token_ids), got {len(tokenizer)}"
-            )
     return processor
 
 

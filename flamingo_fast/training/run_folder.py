@@ -89,11 +89,9 @@ def check_same_run(
         ConfigError: the fields that are others, by name, and what they were.
     """
     old, new = dict(_flat(earlier)), dict(_flat(now))
-    changed = [
-        name
-        for name in [*old, *(each for each in new if each not in old)]
-        if old.get(name) != new.get(name) and not _is_of(name, _FREE)
-    ]
+    # Of fields that another version had there is nothing to compare.
+    common = [name for name in old if name in new]
+    changed = [name for name in common if old[name] != new[name] and not _is_of(name, _FREE)]
     if accept_changes:
         changed = [name for name in changed if not _is_of(name, _ACCEPTABLE)]
     if not changed:
@@ -104,8 +102,8 @@ def check_same_run(
     if all(_is_of(each, _ACCEPTABLE) for each in changed):
         ways = f"--accept-changes to go on all the same, {ways}"
     raise ConfigError(
-        f"{name}: expected {old.get(name)!r}, of the checkpoint that is gone on from, got "
-        f"{new.get(name)!r}{others}. Put it back, or give {ways}"
+        f"{name}: expected {old[name]!r}, of the checkpoint that is gone on from, got "
+        f"{new[name]!r}{others}. Put it back, or give {ways}"
     )
 
 

@@ -28,6 +28,7 @@ from flamingo_fast.training.model_source import (
     load_tokenizer,
     make_model,
     make_processor,
+    random_parts,
 )
 from flamingo_fast.training.optimizer import warm_up
 from flamingo_fast.training.parallel import init_distributed, make_ranks, prepare
@@ -123,6 +124,7 @@ class _Run:
         self._tokenizer = load_tokenizer(config.tokenizer)
         make_processor(config, source.config, self._tokenizer)
         self._recorded = recorded(config, source)
+        self._random_parts = random_parts(source)
         self._checkpoints = Checkpoints(self._out / CHECKPOINTS, config.keep_checkpoints)
         on_first_rank(lambda: self._take_folder(fresh))
         self._checkpoint = self._checkpoints.latest()
@@ -136,7 +138,7 @@ class _Run:
             resources.callback(stream.close)
 
         self._model = make_model(source, config.seed)
-        _check_lengths(config, self._model)
+        _check_fits(config, self._model, self._tokenizer)
         _check_features(config, self._model)
         prepare(self._model, config.parallel, config.precision, device, self._ranks)
         self._step = TrainStep(
@@ -177,6 +179,8 @@ class _Run:
         for name, stream in self._streams.items():
             for path, what in stream.outcomes.broken_shards.items():
                 self._progress.say(f"{name}: {path} can't be read in full: {what}")
+        for part in self._random_parts:
+            self._progress.say(f"{part} is frozen, and its weights are random")
         if self._checkpoint is not None:
             self._progress.say(f"goes on from {self._checkpoint}")
 
@@ -382,7 +386,13 @@ def _check_datasets(config: TrainConfig, model: FlamingoConfig, dp_size: int) ->
         raise ConfigError("datasets: expected a weight above 0, got 0 of all")
 
 
-def _check_lengths(config: TrainConfig, model: Flamingo) -> None:
+def _check_fits(config: TrainConfig, model: Flamingo, tokenizer: Any) -> None:
+    """Tokenizer and rows fit the language model."""
+    if len(tokenizer) > model.num_tokens:
+        raise ConfigError(
+            f"tokenizer: expected at most the model's {model.num_tokens} tokens, "
+            f"model.learnt_token_ids among them; got {len(tokenizer)}"
+        )
     for dataset in config.datasets:
         if model.max_tokens is not None and dataset.max_tokens > model.max_tokens:
             raise ConfigError(
