@@ -181,6 +181,15 @@ def check_training(folder: str) -> None:
             assert got.losses == pytest.approx(expected.losses, rel=1e-4)
             assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
         check_same_weights(shared, one)
+        check_ranks_agree(shared)
+
+
+def check_ranks_agree(model: Flamingo) -> None:
+    """What is whole on all ranks is the same to the bit: else they would drift apart."""
+    own = [each.detach().flatten() for each in model.parameters() if not isinstance(each, DTensor)]
+    of_ranks = [torch.empty_like(torch.cat(own)) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, torch.cat(own))
+    assert torch.equal(*of_ranks)
 
 
 def check_training_in_bf16(folder: str) -> None:
@@ -194,6 +203,7 @@ def check_training_in_bf16(folder: str) -> None:
         # A bf16 number has 8 bits.
         assert got.losses == pytest.approx(expected.losses, rel=2e-2)
         assert got.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+    check_ranks_agree(shared)
 
 
 def check_checkpoints(folder: str) -> None:

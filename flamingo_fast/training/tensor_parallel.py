@@ -101,7 +101,7 @@ class _Own(torch.autograd.Function):
 def _own_rows(whole: torch.Tensor, pieces: int, ranks: _Ranks) -> torch.Tensor:
     """Of each piece of the rows the part of this rank; a copy, so that the whole can go."""
     parts = whole.unflatten(0, (pieces, ranks.size, -1))
-    return parts[:, ranks.rank].flatten(0, 1).clone()
+    return parts[:, ranks.rank].clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
