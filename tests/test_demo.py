@@ -26,8 +26,8 @@ SHORT = run.DemoConfig(
     lm_steps=80,
     vision_epochs=12,
     documents=200,
-    rows=8,
-    steps=90,
+    rows=10,
+    steps=130,
     test_images=50,
     shots=(0, 4),
 )

@@ -21,7 +21,7 @@ from flamingo_fast.training.demo.language import corpus_document
 Progress = Callable[[str], None]
 
 _LM_LR = 3e-3
-# Items of a text and texts of a batch. Long ones, every fourth batch, are for prompts of 32 shots.
+# Items of a text and texts of a batch. Long ones, every other batch, are for prompts of 32 shots.
 _SHORT, _LONG = (9, 32), (34, 12)
 _INIT_FACTOR = 5.0
 _VISION_LR = 3e-3
@@ -57,7 +57,7 @@ def pretrain_language_model(
     losses = []
     for step in range(steps):
         _set_lr(optimizer, _LM_LR, step, steps)
-        items, texts = _LONG if step % 4 == 3 else _SHORT
+        items, texts = _LONG if step % 2 else _SHORT
         documents = [corpus_document(rng, items) for _ in range(texts)]
         ids = [tokenizer(each)["input_ids"] for each in documents]
         shortest = min(map(len, ids))

@@ -103,12 +103,9 @@ def _plot_training(pyplot: Any, result: DemoResult, path: Path) -> None:
 
 
 def _smooth(losses: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Steps, and the means of those up to each."""
-    ends = list(range(_SMOOTH, len(losses) + 1, _SMOOTH)) or [len(losses)]
-    return ends, [
-        sum(losses[max(0, end - _SMOOTH) : end]) / len(losses[max(0, end - _SMOOTH) : end])
-        for end in ends
-    ]
+    """Steps, and the mean loss up to each since the one before."""
+    ends = range(_SMOOTH, len(losses) + 1, _SMOOTH)
+    return list(ends), [sum(losses[end - _SMOOTH : end]) / _SMOOTH for end in ends]
 
 
 def _plot_captions(pyplot: Any, result: DemoResult, path: Path) -> None:
