@@ -291,8 +291,9 @@ def test_features_in_place_of_videos(frames):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("resampler", ["perceiver", "mlp", "transformer"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "resampler"), list(zip(KINDS, ["perceiver", "mlp", "transformer"], strict=True))
+)
 def test_text_alone_gives_every_parameter_a_gradient(kind, resampler, is_packed):
     """Of 0 in what makes media: ranks that have some add theirs."""
     encoder = _Counting()
