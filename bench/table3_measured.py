@@ -302,8 +302,12 @@ def render(
 
 
 def _agreement(measurements: Sequence[Measurement], predictions: Sequence[Prediction]) -> list[str]:
-    """How near the measured ratios are to others, over the rows that are not controls."""
-    rows = [each for each in measurements if each.row not in CONTROLS]
+    """How near the measured ratios are to others, over the rows that are not controls.
+
+    Nor is a row among them whose printed time is multiplied, since it ran on more chips.
+    """
+    chips = {each.row: each.chips for each in predictions}
+    rows = [each for each in measurements if each.row not in CONTROLS and chips[each.row] == 1]
     if len(rows) < 3:
         return []
     predicted = ratios(predictions)
