@@ -15,7 +15,10 @@ pytest.importorskip("timm")
 pytest.importorskip("webdataset")
 transformers = pytest.importorskip("transformers")
 
+from typer.testing import CliRunner  # noqa: E402
+
 from flamingo_fast import cli  # noqa: E402
+from flamingo_fast.cli.app import app  # noqa: E402
 from flamingo_fast.models.folder import processor_of  # noqa: E402
 from flamingo_fast.models.processor import Image  # noqa: E402
 from flamingo_fast.models.saving import from_pretrained  # noqa: E402
@@ -132,8 +135,10 @@ def test_the_command_draws_and_judges(
 def test_an_earlier_run_is_refused_and_removed_when_asked(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     (tmp_path / "shards").mkdir()
-    with pytest.raises(FileExistsError, match="shards"):
-        run.run_demo(tmp_path)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    # Its box folds lines.
+    assert "--fresh" in " ".join(result.output.split())
     run.remove_run(tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
 
