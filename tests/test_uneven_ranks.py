@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import datetime
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -82,6 +83,7 @@ def _worker(rank, store):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_videos_of_several_lengths_beside_text_alone(tmp_path):
     """Gradients over both are those of one process with both batches, and nobody waits for ever."""
     mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=WORLD)
