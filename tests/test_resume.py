@@ -95,6 +95,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(data: Path, whole: Path, tmp_pa
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", ["before the update", "before the rename"])
 def test_killed_on_two_ranks_it_goes_on(
     data: Path, whole_of_two: Path, tmp_path: Path, kill: str
@@ -105,6 +106,7 @@ def test_killed_on_two_ranks_it_goes_on(
     assert_same(tmp_path, whole_of_two)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on(
     data: Path, whole: Path, whole_of_two: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_another_number_of_ranks_goes_on(
     torch.testing.assert_close(weights(tmp_path), weights(whole), **ROUNDING)
 
 
+@pytest.mark.slow
 def test_bf16_and_reading_processes_go_on_too(data: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "whole", tmp_path / "killed"]
     options = {"precision": "bf16", "num_workers": 1, "optimisation": "round_robin"}
