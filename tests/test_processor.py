@@ -563,6 +563,14 @@ def test_images_padded_as_the_paper_does():
     assert (found([[wide]]).pixel_values > 2).all()
 
 
+def test_a_ruled_line_is_an_image_too():
+    """Resized as others are, it would be less than a pixel wide."""
+    tokenizer = word_tokenizer()
+    found = FlamingoProcessor.of(config_of(tokenizer), tokenizer)
+    pixels = found([[image_of((255, 255, 255), (5000, 1))]]).pixel_values[0, 0, 0]
+    assert pixels.shape == (SIZE, SIZE) and (pixels > 2).any()
+
+
 def test_frames_of_a_config():
     tokenizer = word_tokenizer()
     config = config_of(tokenizer)

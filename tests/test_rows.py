@@ -21,6 +21,7 @@ from stream_cases import EOC, IMAGE, MODEL, plain_image, word_tokenizer, words  
 
 from flamingo_fast.models.config import ConfigError, FlamingoConfig  # noqa: E402
 from flamingo_fast.models.processor import FlamingoProcessor  # noqa: E402
+from flamingo_fast.training.bad_samples import BadSample  # noqa: E402
 from flamingo_fast.training.config import DatasetConfig  # noqa: E402
 from flamingo_fast.training.rows import (  # noqa: E402
     Document,
@@ -203,6 +204,14 @@ class TestPages:
             ids = maker.draft(page([words(range(30))]), position).ids
             assert ids[0] == 1 and len(ids) == 6 and 1 not in ids[1:]
 
+    def test_a_window_of_nothing_but_images_that_are_left_out_is_a_bad_sample(self) -> None:
+        maker = make(pages_config(max_images=0), eoc=None)
+        assert maker.draft(page([1, "w1", 2]), 0).ids == [4]
+        maker = make(pages_config(max_images=0, max_tokens=4), eoc=None)
+        with pytest.raises(BadSample, match="empty_text: expected text at token"):
+            for position in range(100):
+                maker.draft(page(["w1", *range(20)]), position)
+
     def test_text_attends_to_the_next_image_with_p_next(self) -> None:
         def share(p_next: float) -> float:
             maker = make(pages_config(), p_next=p_next)
@@ -256,6 +265,16 @@ class TestAugmentation:
         darker = Transform(transform)(image, Augmentation(False, 0.8, 1.0, 1.0))
         assert torch.equal(darker[:, :2], plain[:, :2]), "the mean colour is above the image"
         assert (darker[0, 3] < plain[0, 3])[:4].all()
+
+    @pytest.mark.parametrize("crop_mode", ["border", "center"])
+    @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 2)])
+    def test_a_ruled_line_is_an_image_too(self, size: tuple[int, int], crop_mode: str) -> None:
+        from timm.data import create_transform
+
+        transform = create_transform((3, 28, 28), crop_mode=crop_mode, crop_pct=1.0)
+        image = PIL.Image.new("RGB", size, (255, 0, 0))
+        pixels = Transform(transform)(image, Augmentation(True, 1.0, 1.0, 1.0))
+        assert pixels.shape == (3, 28, 28) and pixels[0, 14, 14] > 0 > pixels[1, 14, 14]
 
     def test_a_transform_that_returns_something_else_is_named(self) -> None:
         with pytest.raises(ValueError, match=r"image_transform: expected .* got \(8, 8\)"):

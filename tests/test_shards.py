@@ -176,6 +176,16 @@ def test_a_shard_that_goes_away_or_changes_is_a_problem_of_its_records(tmp_path:
     assert shards[5].members["txt"] == b"2 0"
 
 
+@pytest.mark.parametrize("places", [bytes(8), bytes(11), bytes(8) + b"\xff" * 7 + b"\x7f"])
+def test_an_index_that_changes_is_a_problem_of_its_records(tmp_path: Path, places: bytes) -> None:
+    (path,) = shards_in(tmp_path, [2])
+    write_index(path)
+    shards = ShardSet([path])
+    index = Path(f"{path}.index")
+    index.write_bytes(index.read_bytes()[:24] + places)
+    assert shards[0].problem[0] == "broken_shard"
+
+
 def test_paths_are_expanded(tmp_path: Path) -> None:
     paths = shards_in(tmp_path)
     assert ShardSet([f"{tmp_path}/s-{{000..002}}.tar"]).paths == paths

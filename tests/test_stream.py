@@ -250,6 +250,13 @@ class TestBadSamples:
             next(found)
         assert "missing_member: 500" in str(error.value) and "empty_file: 500" in str(error.value)
 
+    def test_they_stop_it_in_a_row_that_has_documents_too(self, tmp_path: Path) -> None:
+        records = [*stream_cases.pairs([3]), *((f"b{i}", {"txt": b"w1"}) for i in range(1000))]
+        path = shard_cases.write_tar(tmp_path / "bad.tar", records)
+        found = stream(dataset(path, batch_size=1, pack=True, shuffle=False))
+        with pytest.raises(StreamError, match="1000 bad samples, one after another"):
+            next(found)
+
     def test_a_broken_shard_is_in_the_outcomes_of_each_rank(self, tmp_path: Path) -> None:
         path = Path(shard_cases.write_tar(tmp_path / "cut.tar", stream_cases.pairs([1] * 20)))
         path.write_bytes(path.read_bytes()[:-20_000])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PADDING_SIDES = ("left", "right")
 _NUM_FRAMES = 8
+_MOST_ASPECT = 16
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -318,7 +319,7 @@ class FlamingoProcessor:
 
     def _pixels(self, source: Any, where: str) -> torch.Tensor:
         image = _load_image(source, where)
-        pixels = self.image_transform(image)
+        pixels = self.image_transform(middle_of_thin(image))
         if not isinstance(pixels, torch.Tensor) or pixels.dim() != 3 or len(pixels) != 3:
             got = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
             raise ValueError(f"image_transform: expected it to return (3, H, W), got {got}")
@@ -407,6 +408,20 @@ def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
         background = require("PIL.Image").new("RGBA", image.size, "white")
         image = require("PIL.Image").alpha_composite(background, image)
     return image.convert("RGB")
+
+
+def middle_of_thin(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """An image; of one more than 16 times as long as wide, such as a ruled line, its middle.
+
+    Resizing would leave such a line no pixel of its width, or, where the shorter side is to be as
+    long as the input's, make gigabytes of it.
+    """
+    width, height = image.size
+    most = _MOST_ASPECT * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def decode_video(

@@ -45,7 +45,7 @@ class BadSample(ValueError):
             duplicate_member: two of a name, or two images or videos where one is expected;
             invalid_json, wrong_json_shape: no JSON, or not what the kind has;
             image_index_out_of_range: an image belongs to a text that there is not;
-            empty_text: none but white space;
+            empty_text: none but white space, or nothing beside images that are left out;
             text_too_long: more than `max_text_chars`;
             text_not_utf8: also JSON with half of a surrogate pair, which no UTF-8 can hold;
             empty_file: a medium of zero bytes;

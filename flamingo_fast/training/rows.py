@@ -13,6 +13,7 @@ import torch
 
 from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.models.processor import FlamingoProcessor
+from flamingo_fast.training.bad_samples import BadSample
 from flamingo_fast.training.batch import Batch
 from flamingo_fast.training.config import DatasetConfig
 from flamingo_fast.training.decoding import decode
@@ -245,6 +246,10 @@ class DocumentMaker:
         body, room = ids[len(prefix) :], self.dataset.max_tokens - len(prefix)
         start = int(rng.random() * (max(len(body) - room, 0) + 1))
         body, kept = self._window(body, start, room)
+        if not prefix + body:
+            raise BadSample(
+                "empty_text", f"expected text at token {start}, got images that are left out"
+            )
         media = _media_of(sample)
         return (
             prefix + body,

@@ -123,7 +123,8 @@ class ShardSet(Sequence[Record]):
         path = self.paths[shard]
         try:
             start, data = self._open(shard).read(place)
-        except OSError as error:
+        # Those but the first of an index that is broken, or another one by now.
+        except (OSError, IndexError, ValueError, OverflowError) as error:
             return Record(f"#{place}", path, {}, ("broken_shard", str(error)))
         return _record(data, start, f"#{place}", path)
 

@@ -86,6 +86,7 @@ class Lane:
         self._position = index
         self._pending: list[int] = []
         self._drafts: dict[int, Draft] = {}
+        self._bad_run = 0
 
     @property
     def state(self) -> LaneState:
@@ -103,6 +104,7 @@ class Lane:
                 with a sample, by its name.
         """
         outcomes = Outcomes()
+        self._bad_run = 0
         documents: list[Document] = []
         media: list[torch.Tensor] = []
         dataset = self._maker.dataset
@@ -121,6 +123,7 @@ class Lane:
                         self._skip(draft.key, draft.shard, error, outcomes)
                         continue
                 outcomes.add_used(draft.key, draft.shard, is_converted=is_unusual)
+                self._bad_run = 0
                 documents.append(document)
                 media += of_document
                 room -= len(document.ids)
@@ -150,9 +153,11 @@ class Lane:
 
     def _skip(self, key: str, shard: str, error: BadSample, outcomes: Outcomes) -> None:
         outcomes.add_bad(key, shard, error)
-        if outcomes.bad == outcomes.total >= _MOST_BAD:
+        self._bad_run += 1
+        # Also where a packed row has documents already: nothing else may come to fill it.
+        if self._bad_run >= _MOST_BAD:
             raise StreamError(
-                f"{self._maker.dataset.name}: {outcomes.bad} bad samples, one after another\n"
+                f"{self._maker.dataset.name}: {self._bad_run} bad samples, one after another\n"
                 f"{outcomes.describe()}"
             )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flamingo_fast.models.extras import require
+from flamingo_fast.models.processor import middle_of_thin
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -68,6 +69,7 @@ class Transform:
     def __call__(
         self, image: "PIL.Image.Image", augmentation: Augmentation | None = None
     ) -> torch.Tensor:
+        image = middle_of_thin(image)
         if augmentation is None:
             pixels: Any = self._whole(image)
         else:
