@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # The images have 17 greys.
 _WHITE = 16
+# Pixels of varied images; how far they are turned and moved at most.
+_LARGE, _DEGREES, _MOVE = 28, 10, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +33,15 @@ class Digits:
 
     def png(self, index: int) -> bytes:
         """An image's file."""
-        file = io.BytesIO()
-        self.images[index].save(file, "PNG")
-        return file.getvalue()
+        return _png(self.images[index])
+
+    def varied_png(self, index: int, rng: random.Random) -> bytes:
+        """The same, larger, a little turned and moved. Not mirrored: a digit is then none."""
+        bicubic = require("PIL.Image").Resampling.BICUBIC
+        large = self.images[index].resize((_LARGE, _LARGE), bicubic)
+        angle = rng.uniform(-_DEGREES, _DEGREES)
+        move = (rng.randint(-_MOVE, _MOVE), rng.randint(-_MOVE, _MOVE))
+        return _png(large.rotate(angle, bicubic, translate=move))
 
 
 def load_digits(seed: int, test: int = 360) -> Digits:
@@ -52,3 +60,9 @@ def load_digits(seed: int, test: int = 360) -> Digits:
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
     return Digits(images, labels, sorted(order[test:]), sorted(order[:test]))
+
+
+def _png(image: "PIL.Image.Image") -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -84,7 +84,7 @@ class DemoConfig:
 
     lm_steps: int = 600
     vision_epochs: int = 40
-    documents: int = 2000
+    documents: int = 1500
     rows: int = 16
     steps: int = 250
     test_images: int = 360
@@ -217,8 +217,20 @@ def run_demo(
     if present:
         raise FileExistsError(f"out: expected none of an earlier run, got {out / present[0]}")
     out.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         return _Demo(out, config, console)()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of PyTorch: sums then have one order on any number of cores, and threads of so small products
+    wait for each other most of the time, for minutes where other programs run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def remove_run(out: str | Path) -> None:
@@ -341,14 +353,18 @@ class _Demo:
         )
 
     def _documents(self, task: Task) -> Iterator[Sample]:
+        """Of own names many have a few digits only: examples help where a digit comes again."""
         digits = self._digits
         rng = random.Random(f"{self._config.seed}/documents/{task.name}")
+        by_digit = [[i for i in digits.train if digits.labels[i] == digit] for digit in range(10)]
         for number in range(self._config.documents):
             texts = task.texts(rng)
+            some = rng.sample(range(10), rng.choice((2, 10)) if task.has_own_names else 10)
             parts: list[str | Medium] = []
-            for index in rng.sample(digits.train, rng.randint(1, MAX_IMAGES)):
-                parts.append(Medium(f"{len(parts)}.png", digits.png(index), is_video=False))
-                parts.append(texts[digits.labels[index]])
+            for _ in range(rng.randint(1, MAX_IMAGES)):
+                digit = rng.choice(some)
+                png = digits.varied_png(rng.choice(by_digit[digit]), rng)
+                parts += [Medium(f"{len(parts)}.png", png, is_video=False), texts[digit]]
             yield Sample(str(number), task.name, tuple(parts))
 
     def _train(
