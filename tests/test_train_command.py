@@ -237,12 +237,17 @@ def test_fresh_starts_over(run: Run, data: Path, tmp_path: Path) -> None:
 def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path) -> None:
     holder = hold(tmp_path)
     try:
-        with pytest.raises(OSError, match="another run writes there"):
+        with pytest.raises(OSError, match="out: another run writes to"):
             Lock(tmp_path)
     finally:
         holder.kill()
     finish([holder])
     Lock(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    _refused(run(config(data, tmp_path / "file")), "out: can't write ", code=1)
 
 
 def test_too_many_bad_samples_stop_it_with_the_list(run: Run, tmp_path: Path) -> None:

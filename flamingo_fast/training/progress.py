@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -231,7 +232,7 @@ class Progress:
         for name, loss in self._line["loss"].items():
             counts = self._line["bad_samples"].get(name, {})
             bad = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            losses.add_row(name, f"{loss:.4f}", bad)
+            losses.add_row(escape(name), f"{loss:.4f}", bad)
         speeds = _speeds(self._line)
         speeds.insert(0, ("grad norm", f"{self._line['grad_norm']:.3g}", ""))
         numbers = Table(*(name for name, _, _ in speeds), expand=True)

@@ -39,14 +39,17 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / _LOCK).open("w")
+        except OSError as error:
+            raise OSError(f"out: can't write {folder}: {error.strerror}") from None
         # Not flock: a data worker that outlives the run for a second would keep that.
-        self._file = (folder / _LOCK).open("w")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self.close()
-            raise OSError(f"{folder}: another run writes there") from None
+            raise OSError(f"out: another run writes to {folder}") from None
         except OSError:
             # A file system without locks.
             pass
