@@ -258,9 +258,32 @@ def check_refusal(name: str, rank: int) -> None:
             step(batches)
 
 
+class NormedEncoder(torch.nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).flatten(2).mT
+
+
+def check_statistics(rank: int) -> None:
+    """The ranks saw other rows, and have the same statistics: a checkpoint has those of one."""
+    torch.manual_seed(3)
+    encoder = NormedEncoder(torch.nn.Conv2d(3, 12, 4, stride=4), torch.nn.BatchNorm2d(12))
+    case = Case({**GATED, "encoder": encoder}, precision="bf16", unfreeze_vision=True)
+    sharded, _ = train_sharded(case, rank)
+    mean = sharded.state()["weights"]["vision_encoder.model.1.running_mean"]
+    of_ranks = [torch.empty_like(mean) for _ in range(WORLD)]
+    dist.all_gather(of_ranks, mean)
+    assert mean.any() and torch.equal(*of_ranks)
+
+
 def save_case(name: str, rank: int) -> None:
     case, folder = CASES[name], os.environ["SAVED"]
     sharded, _ = train_sharded(case, rank)
+    model = make_model(case)
+    other = make_step(case, model, prepare(model, case.parallel, case.precision, "cpu").dp_group)
+    other.load(sharded.state())
+    of_other = other.state()["weights"]
+    for key, weight in sharded.state()["weights"].items():
+        assert torch.equal(whole(weight), whole(of_other[key])), key
     dcp.save(sharded.state(), checkpoint_id=folder)
     result = sharded(rows_of(make_batches(case, 2), rank))
     if rank == 0:
@@ -289,6 +312,7 @@ def check_all(name: str, rank: int) -> None:
     check_skipping(name, rank)
     check_skipping("whole_copies_bf16", rank)
     check_refusal(name, rank)
+    check_statistics(rank)
     save_case(name, rank)
 
 

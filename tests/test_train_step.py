@@ -9,8 +9,9 @@ from model_cases import IMAGE, VOCAB, flamingo, open_gates
 
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.training.batch import Batch
-from flamingo_fast.training.config import OptimizerConfig
+from flamingo_fast.training.config import OptimizerConfig, ParallelConfig
 from flamingo_fast.training.optimizer import global_norm, warm_up
+from flamingo_fast.training.parallel import prepare
 from flamingo_fast.training.step import TrainStep, split_batch
 
 # With AdamW's own eps a gradient that is 0 but for rounding, as that of a key's bias is, moves its
@@ -181,26 +182,52 @@ def test_from_its_state_it_goes_on_as_it_would_have(dtype):
         assert torch.equal(one, other)
 
 
+class NormedEncoder(torch.nn.Module):
+    """With batch norm, whose statistics a forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 12, 4, stride=4), torch.nn.BatchNorm2d(12), torch.nn.Flatten(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).mT
+
+
 def test_states_hold_buffers_of_trained_parts():
-    encoder = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 12, 4, stride=4), torch.nn.BatchNorm2d(12), torch.nn.Flatten(2)
-    )
-
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = encoder
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layers(x).mT
-
-    model = make_model(encoder=Encoder())
+    model = make_model(encoder=NormedEncoder())
     name = "vision_encoder.model.layers.1.running_mean"
     assert name not in TrainStep(model, OPTIMIZER, weights=WEIGHTS).state()["weights"]
     model.vision_encoder.freeze(False)
     step = TrainStep(model, OPTIMIZER, weights=WEIGHTS)
     step(make_batches(0))
     assert step.state()["weights"][name].abs().sum() > 0
+
+
+@pytest.mark.parametrize("optimisation", ["accumulation", "round_robin"])
+def test_a_skipped_update_leaves_batch_norm_as_it_was(optimisation):
+    model = make_model(encoder=NormedEncoder())
+    model.vision_encoder.freeze(False)
+    step = TrainStep(model, OPTIMIZER, weights=WEIGHTS, optimisation=optimisation)
+    step(make_batches(0))
+    before = {name: each.clone() for name, each in model.named_buffers()}
+    batches = make_batches(1)
+    batches["web"].pixels[0, 0, 0, 0, 0] = math.nan
+    assert step(batches).skipped == 1
+    for name, buffer in model.named_buffers():
+        assert buffer.isfinite().all(), name
+        if name.endswith("running_mean"):
+            assert torch.equal(buffer, before[name]) == (optimisation == "accumulation")
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_batch_norm_in_bf16(is_frozen):
+    model = make_model(encoder=NormedEncoder())
+    model.vision_encoder.freeze(is_frozen)
+    prepare(model, ParallelConfig(), "bf16", "cpu")
+    result = TrainStep(model, OPTIMIZER, weights=WEIGHTS)(make_batches(0))
+    assert result.skipped == 0
 
 
 def test_datasets_without_anything_to_predict_are_left_out():

@@ -163,6 +163,12 @@ def prepare(
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(ranks.device)
+    for module in model.modules():
+        # Batch norm with weights of 16 bits takes no statistics of 32.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and dtype != torch.float32:
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.to(dtype)
     return ranks
 
 

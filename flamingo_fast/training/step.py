@@ -22,6 +22,7 @@ from flamingo_fast.training.optimizer import (
     all_reduce_gradients,
     clip,
     global_norm,
+    local,
     make_optimizer,
     warm_up,
 )
@@ -56,7 +57,7 @@ class TrainStep:
     "round_robin" makes one update for each dataset, in the order of `weights` (section 3.2.3 of
     v1). A dataset whose batch has nothing to predict is left out. Gradients are clipped by their
     global norm. Where a loss or that norm is not finite, on any rank, no rank makes the update:
-    weights and moments stay as they are.
+    weights, moments and batch norm's statistics stay as they are.
 
     Every step seeds PyTorch's generators by `seed`, its own number and `dp_group`'s rank, so there
     is no state of theirs to keep.
@@ -112,6 +113,8 @@ class TrainStep:
         self._masters = MasterWeights(model)
         self._optimizer = make_optimizer(self._masters.weights, optimizer)
         self._device = next(iter(self._masters.weights.values())).device
+        # A forward changes these before anyone knows whether its loss is finite.
+        self._statistics = [*self._trained_buffers().values()]
 
     def __call__(self, batches: Mapping[str, Batch]) -> StepResult:
         """One step.
@@ -146,8 +149,10 @@ class TrainStep:
         in_update = [present] if self.optimisation == "accumulation" else [[x] for x in present]
         losses, norms, skipped = dict.fromkeys(micro_batches, 0.0), [0.0], 0
         for names in filter(None, in_update):
+            statistics = [each.clone() for each in self._statistics]
             sums = [self._backward(micro_batches[name], name, loss_tokens) for name in names]
             of_datasets, norm, is_made = self._update(sums)
+            self._settle(statistics, is_made)
             losses |= {
                 name: each / loss_tokens[name]
                 for name, each in zip(names, of_datasets, strict=True)
@@ -194,7 +199,8 @@ class TrainStep:
         for key in ("weights", "exp_avg", "exp_avg_sq"):
             for name, tensor in own[key].items():
                 given = state[key][name]
-                if given is not tensor and given.data_ptr() != tensor.data_ptr():
+                # A DTensor has no memory of its own: all of theirs would seem to be the same.
+                if local(given).data_ptr() != local(tensor).data_ptr():
                     tensor.copy_(given)
         for name, value in zip(_COUNTERS, state["counters"].tolist(), strict=True):
             setattr(self, name, value)
@@ -281,6 +287,16 @@ class TrainStep:
             self.updates += 1
         self._masters.clear_gradients()
         return of_datasets, total_norm, is_made
+
+    @torch.no_grad()
+    def _settle(self, earlier: Sequence[torch.Tensor], is_made: bool) -> None:
+        """Batch norm's statistics after an update: the first rank's, as each saw its own rows and a
+        checkpoint has one rank's; the earlier ones if it was skipped."""
+        for statistic, before in zip(self._statistics, earlier, strict=True):
+            if not is_made:
+                statistic.copy_(before)
+            elif self._dp_group is not None:
+                dist.broadcast(statistic, group=self._dp_group, group_src=0)
 
     def _trained_buffers(self) -> dict[str, torch.Tensor]:
         """Those that a state dict has, of parts with trained parameters (batch norm's)."""
