@@ -66,10 +66,10 @@ def reason_of(data, limits=LIMITS, is_video=False):
     return caught.value.reason
 
 
-def video(count=6, size=(32, 16), format="mp4", is_noise=False):
+def video(count=6, size=(32, 16), format="mp4", is_noise=False, codec="mpeg4"):
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        stream = container.add_stream("mpeg4", rate=5)
+        stream = container.add_stream(codec, rate=5)
         (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
         for i in range(count):
             pixels = np.full((size[1], size[0], 3), 40 * i % 256, np.uint8)
@@ -322,6 +322,22 @@ def test_frames_of_videos():
     assert 1 < len(decoded(data[: len(data) * 2 // 3], is_video=True, num_frames=20).frames) < 20
     for data in (b"no video" * 99, encoded(picture())[:200], video()[:300]):
         assert reason_of(data, is_video=True) == "broken_video"
+
+
+def test_images_with_a_very_long_side_are_bombs():
+    too_long, longest = (encoded(PIL.Image.new("L", (65_536 - i, 1)), "PNG") for i in range(2))
+    assert reason_of(too_long, Limits()) == "decompression_bomb"
+    assert decoded(longest, Limits()).frames[0].size == (65_535, 1)
+
+
+def test_only_containers_of_videos_are_tried():
+    """FFmpeg reads a JPEG too, and waits twenty seconds at a port where an SDP file says so."""
+    session = b"v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+    for data in (encoded(picture()), session):
+        assert reason_of(data, is_video=True) == "broken_video"
+    for format in ("mp4", "mov", "matroska", "webm", "avi", "mpegts"):
+        codec = "libvpx" if format == "webm" else "mpeg4"
+        assert len(decoded(video(6, format=format, codec=codec), is_video=True).frames) > 1
 
 
 def test_a_broken_record_is_a_bad_sample():

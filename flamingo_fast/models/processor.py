@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PADDING_SIDES = ("left", "right")
 _NUM_FRAMES = 8
 _MOST_ASPECT = 16
+# FFmpeg's names of containers, for bytes of anywhere.
+_VIDEO_FORMATS = ("mov", "matroska", "avi", "gif", "mpegts", "mpeg", "flv", "asf", "ogg")
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -469,7 +471,12 @@ def decode_video(
 
 def _open_video(source: Path | bytes) -> Any:
     """A container; from the start each time."""
-    return require("av").open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+    av = require("av")
+    if not isinstance(source, bytes):
+        return av.open(str(source))
+    # Others of FFmpeg's formats, such as SDP, make it wait at a network port.
+    options = {"format_whitelist": ",".join(_VIDEO_FORMATS)}
+    return av.open(io.BytesIO(source), container_options=options)
 
 
 def _frames_at(source: Path | bytes, indices: list[int]) -> "tuple[list[PIL.Image.Image], int]":

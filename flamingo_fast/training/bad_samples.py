@@ -51,7 +51,8 @@ class BadSample(ValueError):
             empty_file: a medium of zero bytes;
             not_an_image: no format that is read (JPEG, PNG, WebP, GIF, BMP, TIFF);
             truncated_image: its data ends early; broken_image: it can't be decoded otherwise;
-            decompression_bomb: an image or video of more than `max_image_pixels`;
+            decompression_bomb: an image or video of more than `max_image_pixels`, or an image with
+            a side of more than 65,535;
             unusual_image: CMYK, 16-bit or animated, where the config says "skip"; or of floating
             point, which nothing says how to convert;
             broken_video: no frames can be decoded;

@@ -29,6 +29,9 @@ _MAGIC = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"),
     *(b"II*\x00", b"MM\x00*"),
 )
+# JPEG can't have more. Of longer lines Pillow copies all it has read with every block it reads, which
+# takes minutes where lines have tens of millions of pixels.
+_MOST_SIDE = 65_535
 # How Pillow says that data are missing, by its decoders.
 _TRUNCATED = ("truncated", "unexpected end", "not enough data", "incomplete")
 
@@ -87,6 +90,12 @@ def _decode_image(image: "PIL.Image.Image", member: str, limits: Limits) -> Deco
         raise BadSample(
             "decompression_bomb",
             f"{member}: expected at most {limits.max_image_pixels} pixels, got {image.width} x "
+            f"{image.height}",
+        )
+    if max(image.size) > _MOST_SIDE:
+        raise BadSample(
+            "decompression_bomb",
+            f"{member}: expected sides of at most {_MOST_SIDE} pixels, got {image.width} x "
             f"{image.height}",
         )
     unusual = _what_is_unusual(image)
