@@ -29,8 +29,8 @@ SHORT = run.DemoConfig(
     lm_steps=80,
     vision_epochs=12,
     documents=200,
-    rows=10,
-    steps=130,
+    rows=12,
+    steps=170,
     test_images=50,
     shots=(0, 4),
 )
