@@ -259,8 +259,10 @@ def test_too_many_bad_samples_stop_it_with_the_list(run: Run, tmp_path: Path) ->
     assert re.match(r"flamingo-fast: pairs: \d+ of \d+ samples are bad \(\d+", err)
     assert "missing_member" in err and "pairs.tar, 00" in err
     assert "bad samples in pairs" in printed
+    steps = steps_of(tmp_path / "out")
+    assert run(values)[0] == 1 and steps_of(tmp_path / "out") == steps
     # Who finds so many right goes on.
-    values["datasets"][0]["max_bad_rate"] = 0.6
+    values["datasets"][0]["max_bad_rate"] = 0.9
     assert run(values)[0] == 0
     (counts,) = json.loads((tmp_path / "out" / "bad_samples.json").read_text()).values()
     assert (
@@ -342,7 +344,7 @@ def test_a_language_model_of_transformers_is_trained_around(
 
 
 def finetuning(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    values = config(data, out, steps=2, image_size=42, **changes)
+    values = config(data, out, **{"steps": 2, "image_size": 42, **changes})
     for name in ("model", "optimizer"):
         del values[name]
     return values
@@ -374,15 +376,29 @@ def test_finetuning_goes_on_from_a_checkpoints_weights(
     lines = []
     for index, source in enumerate(("", "checkpoints/step-00000002", "model")):
         out = tmp_path / str(index)
-        code, _, err = run(finetuning(data, out), "--from", finished / source, command="finetune")
+        # The frozen weights are those of the earlier run's seed.
+        values = finetuning(data, out, seed=3)
+        code, _, err = run(values, "--from", finished / source, command="finetune")
         assert code == 0, err
         lines.append(metrics(out))
     assert lines[0] == lines[1] == lines[2]
-    # Its own checkpoint, with vision weights in it, can be tuned on.
-    source = tmp_path / "0"
-    values = finetuning(data, tmp_path / "again") | {"image_size": 28}
-    assert run(values, "--from", source, command="finetune")[0] == 0
-    assert weights(tmp_path / "again" / "model")["vision_encoder.model.pos_embed"].shape[1] == 5
+
+
+def test_finetuned_models_are_finetuned(run: Run, data: Path, tmp_path: Path) -> None:
+    """A checkpoint with vision weights in it, of a run that began with a folder in bf16."""
+    outs = [tmp_path / name for name in ("first", "second", "third")]
+    assert run(config(data, outs[0], steps=1, precision="bf16"))[0] == 0
+    values = finetuning(data, outs[1], precision="bf16")
+    assert run(values, "--from", outs[0] / "model", command="finetune")[0] == 0
+    values = finetuning(data, outs[2], precision="bf16", image_size=28)
+    values["optimizer"] = {"lr": 1e-2, "warmup_steps": 0}
+    code, _, err = run(values, "--from", outs[1], command="finetune")
+    assert code == 0, err
+    first, third = weights(outs[0] / "model"), weights(outs[2] / "model")
+    assert third["vision_encoder.model.pos_embed"].shape[1] == 5
+    for name in ("lang_model.model.embed_tokens.weight", "resampler.latents"):
+        is_trained = name.startswith("resampler")
+        assert torch.equal(first[name], third[name]) != is_trained, name
 
 
 def test_finetuning_of_nothing_is_refused(run: Run, data: Path, tmp_path: Path) -> None:

@@ -29,13 +29,15 @@ class ModelSource:
         config: of the model as it is to be trained.
         folder: of `save_pretrained`, that has its weights; or None.
         checkpoint: of a run, that has the weights which that run trained; or None.
-        base: what the model of that run was made of; of a checkpoint alone.
+        base: what the model of that run was made of, and `base_seed`, from which seed; of a
+            checkpoint alone.
     """
 
     config: FlamingoConfig
     folder: Path | None = None
     checkpoint: Path | None = None
     base: "ModelSource | None" = None
+    base_seed: int = 0
 
     @property
     def path(self) -> Path | None:
@@ -79,7 +81,7 @@ def make_model(source: ModelSource, seed: int) -> Flamingo:
             except ConfigError as error:
                 raise ConfigError(f"model.{error}") from None
         assert source.base is not None
-        model = make_model(source.base, seed)
+        model = make_model(source.base, source.base_seed)
         _load_trained(model, source.checkpoint)
         _change_vision(model, source.config)
         return model
@@ -194,13 +196,14 @@ def _of_folder(path: Path) -> ModelSource:
         if checkpoint is None:
             raise FileNotFoundError(f"no checkpoint in {path / CHECKPOINTS}")
         recorded = Checkpoints(checkpoint.parent).extra(checkpoint)["config"]
-        base = find_source(from_dict(TrainConfig, recorded, ""))
+        earlier = from_dict(TrainConfig, recorded, "")
+        base = find_source(earlier)
     except (FileNotFoundError, CheckpointError, KeyError) as error:
         raise ConfigError(
             f"model: expected a folder of save_pretrained, of a checkpoint or of a run, got {path} "
             f"({error})"
         ) from None
-    return ModelSource(base.config, checkpoint=checkpoint, base=base)
+    return ModelSource(base.config, checkpoint=checkpoint, base=base, base_seed=earlier.seed)
 
 
 def _load_trained(model: Flamingo, checkpoint: Path) -> None:

@@ -165,6 +165,8 @@ class _Run:
         step, steps = self._step, self._config.steps
         with self._progress:
             self._announce()
+            # Those of before the break, too.
+            self._check_samples(self._outcomes())
             while step.steps < steps and not self._any_rank(self._stop.is_set()):
                 self._one_step()
             if self._saved_step != step.steps:
@@ -199,29 +201,36 @@ class _Run:
             self._save()
 
     def _log(self) -> None:
-        """A line of metrics. Stops all ranks where too many samples are bad."""
+        """A line of metrics. All ranks stop where too many samples are bad."""
         interval = self._interval
         mine = {
-            "outcomes": {name: each.outcomes.to_dict() for name, each in self._streams.items()},
             "amount": interval.amount,
             "seconds": interval.seconds,
             "data_seconds": interval.data_seconds,
             "memory": peak_memory(self._device),
         }
-        of_ranks = self._gather(mine)
-        outcomes = {name: Outcomes() for name in self._streams}
-        for each in of_ranks:
-            for name, values in each["outcomes"].items():
-                outcomes[name].merge(Outcomes.from_dict(values))
+        of_ranks, outcomes = self._gather(mine), self._outcomes()
         on_first_rank(lambda: self._write(self._line(of_ranks, outcomes), outcomes))
         self._interval = Interval()
         try:
-            for dataset in self._config.datasets:
-                outcomes[dataset.name].check(dataset.max_bad_rate, name=dataset.name)
+            self._check_samples(outcomes)
         except BadSamplesError:
             # Whoever thinks otherwise of the rate goes on from here.
             self._save()
             raise
+
+    def _outcomes(self) -> dict[str, Outcomes]:
+        """Of each dataset's samples so far, on all ranks."""
+        merged = {name: Outcomes() for name in self._streams}
+        mine = {name: each.outcomes.to_dict() for name, each in self._streams.items()}
+        for of_rank in self._gather(mine):
+            for name, values in of_rank.items():
+                merged[name].merge(Outcomes.from_dict(values))
+        return merged
+
+    def _check_samples(self, outcomes: Mapping[str, Outcomes]) -> None:
+        for dataset in self._config.datasets:
+            outcomes[dataset.name].check(dataset.max_bad_rate, name=dataset.name)
 
     def _line(
         self, of_ranks: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcomes]
