@@ -12,6 +12,8 @@ pytest.importorskip("timm")
 pytest.importorskip("yaml")
 
 import run_cases  # noqa: E402
+import safetensors  # noqa: E402
+import safetensors.torch  # noqa: E402
 import shard_cases  # noqa: E402
 import stream_cases  # noqa: E402
 import yaml  # noqa: E402
@@ -97,6 +99,27 @@ class TestEntries:
         (tmp_path / "ab.safetensors").write_bytes(data)
         with pytest.raises(FeatureError, match=r"ab.safetensors: expected a file of features"):
             FeatureCache(tmp_path)
+
+    def test_a_file_that_ends_early_is_named(self, tmp_path: Path) -> None:
+        writer = FeatureWriter(FeatureCache(tmp_path))
+        writer.add("a", torch.ones(1, 4, 6), is_unusual=False)
+        writer.flush()
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(FeatureError, match="its end is missing"):
+            FeatureCache(tmp_path)
+
+    def test_a_full_disk_is_an_error_of_the_system(self, tmp_path: Path, monkeypatch) -> None:
+        def save_file(tensors, path, metadata):
+            Path(path).write_bytes(b"half")
+            raise safetensors.SafetensorError("I/O error: No space left on device")
+
+        monkeypatch.setattr("safetensors.torch.save_file", save_file)
+        writer = FeatureWriter(FeatureCache(tmp_path))
+        writer.add("a", torch.ones(1, 4, 6), is_unusual=False)
+        with pytest.raises(OSError, match="can't write .*safetensors: .*No space left"):
+            writer.flush()
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestFolders:
@@ -231,6 +254,9 @@ def test_the_command(tmp_path: Path) -> None:
         assert "45 samples" in result.output and encoded in result.output, result.output
     (folder,) = (tmp_path / "features").iterdir()
     assert folder.name.startswith("vit_mini-28px-")
+
+    result = CliRunner().invoke(app, [*arguments, "--device", "abacus"])
+    assert result.exit_code == 2 and "'abacus' can't be used" in result.output
 
     path.write_text(path.read_text().replace("kind: interleaved", "kind: none"))
     result = CliRunner().invoke(app, arguments)

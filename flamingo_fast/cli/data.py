@@ -225,12 +225,17 @@ def encode(
         encoder = make_model(source, train.seed).vision_encoder
         device = device or train.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        try:
+            encoder.to(device, dtype)
+        except (RuntimeError, AssertionError) as error:
+            line = str(error).splitlines()[0]
+            raise typer.BadParameter(f"device: {device!r} can't be used: {line}") from error
         with _progress() as bar:
             task = bar.add_task("encode", total=total)
             done = encode_features(
                 train.datasets,
                 source.config.vision,
-                encoder.to(device, dtype),
+                encoder,
                 out,
                 batch_size=batch_size,
                 num_threads=threads,

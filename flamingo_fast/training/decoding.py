@@ -29,8 +29,8 @@ _MAGIC = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"),
     *(b"II*\x00", b"MM\x00*"),
 )
-# JPEG can't have more. Of longer lines Pillow copies all it has read with every block it reads, which
-# takes minutes where lines have tens of millions of pixels.
+# JPEG can't have more. Of longer lines Pillow copies all it has read with every block it reads,
+# which takes minutes where lines have tens of millions of pixels.
 _MOST_SIDE = 65_535
 # How Pillow says that data are missing, by its decoders.
 _TRUNCATED = ("truncated", "unexpected end", "not enough data", "incomplete")

@@ -212,16 +212,24 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added."""
+        """Writes what was added.
+
+        Raises:
+            OSError: it can't be written.
+        """
         if not self._infos:
             return
         # Of its entries, so that no two files have one name.
         digest = hashlib.sha256("".join(sorted(self._infos)).encode()).hexdigest()[:16]
         path = self._cache.folder / f"{digest}{_SUFFIX}"
         partial = path.with_name(path.name + _PARTIAL)
-        require("safetensors.torch").save_file(
-            self._tensors, partial, metadata={"entries": json.dumps(self._infos)}
-        )
+        try:
+            require("safetensors.torch").save_file(
+                self._tensors, partial, metadata={"entries": json.dumps(self._infos)}
+            )
+        except require("safetensors").SafetensorError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"can't write {path}: {error}") from error
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -239,9 +247,13 @@ def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(_HEADER_BYTES), "little")
-            if length > os.fstat(file.fileno()).st_size:
+            size = os.fstat(file.fileno()).st_size
+            if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
+        ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+        if _HEADER_BYTES + length + max(ends, default=0) != size:
+            raise ValueError("its end is missing")
         return json.loads(header["__metadata__"]["entries"])
     except (ValueError, KeyError, TypeError) as error:
         raise FeatureError(f"{path}: expected a file of features ({error})") from None
