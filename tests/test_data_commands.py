@@ -178,6 +178,22 @@ def test_web_pages_of_a_folder_are_packed(tmp_path):
     ]
 
 
+def test_a_web_page_that_cannot_be_read_is_a_bad_sample(tmp_path, monkeypatch):
+    document = json.dumps({"images": ["x.jpg", None], "texts": [None, "hi"]})
+    folder = put(tmp_path / "in", {"a.json": document, "b.json": document, "x.jpg": image(1)})
+    read = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "a.json":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    outcomes = write_shards("interleaved", folder, tmp_path / "out")
+    assert outcomes.counts == {"ok": 1, "missing_member": 1}
+    assert outcomes.examples["missing_member"][0].detail == ".json: Permission denied"
+
+
 def test_web_pages_of_lines_are_packed(tmp_path):
     lines = [
         json.dumps({"images": [None, "a.jpg"], "texts": ["é", None]}),
@@ -230,6 +246,7 @@ def test_nothing_is_left_where_packing_fails(tmp_path):
         (("pack", "interleaved", "list.csv", "out"), "a file of .jsonl; got list.csv"),
         (("pack", "image_text", "list.csv", "out"), "columns path and text in list.csv, got 'url'"),
         (("pack", "image_text", "empty", "out"), "got none of 0"),
+        (("pack", "image_text", "../pairs", "."), "out: expected a new folder by its name, got ."),
         (("pack", "image_text", "pairs", "out", "--unusual-images", "keep"), "convert or skip"),
         (("pack", "image_text", "pairs", "out", "--shard-size", "0"), "'--shard-size'"),
         (("check", "image_text", "gone.tar"), "shards: there is no file gone.tar"),
@@ -240,7 +257,7 @@ def test_nothing_is_left_where_packing_fails(tmp_path):
 def test_bad_usage_exits_with_2(run, pairs, tmp_path, monkeypatch, arguments, message):
     put(tmp_path, {"list.csv": "url\nx\n"})
     (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / "empty" if arguments[-1] == "." else tmp_path)
     code, _, err = run(*arguments)
     assert code == 2
     assert message in " ".join(err.replace("│", " ").split())

@@ -117,6 +117,9 @@ def write_samples(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: expected a new folder, got {out}, which there is already")
+    # Replaced by its finished self, the folder that a process is in would be gone for it.
+    if not out.name:
+        raise FileExistsError(f"out: expected a new folder by its name, got {out}")
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -233,8 +236,14 @@ def _pairs(kind: str, folder: Path) -> Iterator[Record]:
 def _documents(folder: Path) -> Iterator[Record]:
     for file in _files(folder):
         if file.suffix.lower() == ".json":
-            members = _Document(file.read_bytes(), file.parent, folder)
-            yield Record(str(file.relative_to(folder)), str(folder), members)
+            key = str(file.relative_to(folder))
+            try:
+                members = _Document(file.read_bytes(), file.parent, folder)
+            except OSError as error:
+                problem = ("missing_member", f".json: {error.strerror}")
+                yield Record(key, str(folder), {}, problem)
+            else:
+                yield Record(key, str(folder), members)
 
 
 def _files(folder: Path) -> list[Path]:
