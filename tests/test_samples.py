@@ -340,6 +340,12 @@ def test_only_containers_of_videos_are_tried():
         assert len(decoded(video(6, format=format, codec=codec), is_video=True).frames) > 1
 
 
+def test_frames_that_become_too_large_on_the_way_are_a_bomb():
+    small, large = (video(9, size, "mpegts", True, "mpeg2video") for size in ((32, 32), (320, 160)))
+    assert len(decoded(small, is_video=True).frames) > 1
+    assert reason_of(small + large, is_video=True) == "decompression_bomb"
+
+
 def test_a_broken_record_is_a_bad_sample():
     record = Record("key", "s.tar", pair(), ("broken_shard", "the file ends within key.jpg"))
     with pytest.raises(BadSample, match="broken_shard: the file ends within key.jpg"):

@@ -454,16 +454,12 @@ def decode_video(
             # PyAV before 18 crashes where it decodes without one.
             if context is None:
                 raise MediaError(f"{where}: {name} can't be read: there is no decoder for it")
-            if max_pixels is not None and context.width * context.height > max_pixels:
-                raise VideoTooLargeError(
-                    f"{where}: expected at most {max_pixels} pixels, got "
-                    f"{context.width} x {context.height}"
-                )
+            _check_pixels(context, where, max_pixels)
             count = sum(1 for packet in container.demux(video=0) if packet.size)
-        frames, seen = _frames_at(source, _evenly(count, num_frames))
+        frames, seen = _frames_at(source, _evenly(count, num_frames), where, max_pixels)
         if len(frames) < min(count, num_frames):
             # Some packets held no frame.
-            frames, _ = _frames_at(source, _evenly(seen, num_frames))
+            frames, _ = _frames_at(source, _evenly(seen, num_frames), where, max_pixels)
         return frames
     except (av.FFmpegError, EOFError) as error:
         raise MediaError(f"{where}: {name} can't be read: {error}") from error
@@ -479,11 +475,22 @@ def _open_video(source: Path | bytes) -> Any:
     return av.open(io.BytesIO(source), container_options=options)
 
 
-def _frames_at(source: Path | bytes, indices: list[int]) -> "tuple[list[PIL.Image.Image], int]":
+def _check_pixels(frame: Any, where: str, max_pixels: int | None) -> None:
+    if max_pixels is not None and frame.width * frame.height > max_pixels:
+        raise VideoTooLargeError(
+            f"{where}: expected at most {max_pixels} pixels, got {frame.width} x {frame.height}"
+        )
+
+
+def _frames_at(
+    source: Path | bytes, indices: list[int], where: str, max_pixels: int | None
+) -> "tuple[list[PIL.Image.Image], int]":
     """The frames at `indices`, and how many were decoded until the last of them."""
     frames, seen, wanted = [], 0, set(indices)
     with _open_video(source) as container:
         for frame in container.decode(video=0):
+            # Some formats let the size change on the way.
+            _check_pixels(frame, where, max_pixels)
             if seen in wanted:
                 # Phones write frames as the sensor lies, and how to turn them.
                 frames.append(frame.to_image().rotate(frame.rotation, expand=True))
