@@ -1,7 +1,6 @@
 """The folder of a run: who may write there, what an earlier run left, and whether it fits."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -44,6 +43,11 @@ class Lock:
             self._file = (folder / _LOCK).open("w")
         except OSError as error:
             raise OSError(f"out: can't write {folder}: {error.strerror}") from None
+        try:
+            import fcntl
+        except ImportError:
+            # Windows has other locks.
+            return
         # Not flock: a data worker that outlives the run for a second would keep that.
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
