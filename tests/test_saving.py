@@ -170,6 +170,19 @@ def test_tied_weights_are_one_in_the_file_and_after_loading(tmp_path: Path) -> N
     assert loaded.lang_model.lm_head.weight is loaded.lang_model.transformer.wte.weight
 
 
+def test_weights_are_written_as_given(tmp_path: Path) -> None:
+    model = _model(lang_model=_hugging_face("gpt2"))
+    state = {name: each.bfloat16() for name, each in model.state_dict().items()}
+    # As they are gathered from ranks: copies, one of those that are tied.
+    del state["lang_model.lm_head.weight"]
+    save_pretrained(model, tmp_path, state_dict=state)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], state[name]) for name in state)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.lang_model.lm_head.weight is loaded.lang_model.transformer.wte.weight
+
+
 def test_untied_weights_stay_apart(tmp_path: Path) -> None:
     model = _model(lang_model=_hugging_face("llama"))
     save_pretrained(model, tmp_path)
