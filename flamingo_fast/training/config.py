@@ -47,7 +47,8 @@ class DatasetConfig:
         max_image_pixels: larger images are bad samples.
         unusual_images: CMYK, 16-bit and animated ones: "convert" to RGB, 8 bits, the first frame,
             or "skip"; counted either way.
-        max_bad_rate: a larger share of bad samples stops the training.
+        max_bad_rate: a larger share of bad samples stops the training; it is looked at with each
+            line of metrics, once there were a hundred samples.
         features: folder of `flamingo-fast data encode`, in place of running a frozen encoder.
     """
 
@@ -155,8 +156,9 @@ class TrainConfig:
     """A run.
 
     Attributes:
-        model: a preset's name, a folder of `save_pretrained`, a JSON file of a `FlamingoConfig`, or
-            its fields; with `preset` among those, the others replace the preset's.
+        model: a preset's name; a folder of `save_pretrained`, of a checkpoint, or of a run, whose last
+            checkpoint it is then; a JSON file of a `FlamingoConfig`; or its fields, which replace
+            those of a `preset` or of a `folder` of save_pretrained that is named among them.
         tokenizer: a folder or a file of one, or a name that transformers finds.
         datasets: the mixture.
         steps: of the whole run. One has a batch of every dataset.
