@@ -156,9 +156,9 @@ class TrainConfig:
     """A run.
 
     Attributes:
-        model: a preset's name; a folder of `save_pretrained`, of a checkpoint, or of a run, whose last
-            checkpoint it is then; a JSON file of a `FlamingoConfig`; or its fields, which replace
-            those of a `preset` or of a `folder` of save_pretrained that is named among them.
+        model: a preset's name; a folder of `save_pretrained`, of a checkpoint, or of a run, whose
+            last checkpoint it is then; a JSON file of a `FlamingoConfig`; or its fields, which
+            replace those of a `preset` or of a `folder` of save_pretrained, named among them.
         tokenizer: a folder or a file of one, or a name that transformers finds.
         datasets: the mixture.
         steps: of the whole run. One has a batch of every dataset.
