@@ -16,9 +16,6 @@ from flamingo_fast.models.processor import middle_of_thin
 if TYPE_CHECKING:
     import PIL.Image
 
-# What replaces the encoder's own of `timm.data.create_transform`: images keep their aspect and are
-# padded to a square with the mean colour (appendix B.1.2).
-PAPER_TRANSFORM: dict[str, Any] = {"crop_mode": "border", "crop_pct": 1.0}
 # By how much colours change at most; the paper gives no numbers.
 _COLOUR = 0.2
 
