@@ -11,6 +11,8 @@ TRITON ?= triton==3.9.0
 # xformers only the masks work on a CPU; they are an oracle of the tests.
 PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2 xformers==0.0.35
 TEST_ARGS ?=
+# Of the kernels' and layouts' many cases one of so many runs, others at each commit; 1: all.
+TEST_SAMPLE ?= 2
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -30,7 +32,7 @@ lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
 
 test: $(STAMP)
-	$(call timed,$@,$(BIN)/python -m pytest -q -n auto $(TEST_ARGS))
+	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
 
 # The suite has the same cases, for pytest-benchmark's users; a few of them show that it works.
 SUITE := bench/suite -k '2048x2048 and bf16 and not compile' --benchmark-max-time 0.1

@@ -6,6 +6,8 @@ TEST_DEVICE=cuda runs them on a GPU instead, kernels compiled; `make gpu` names 
 import collections
 import importlib.util
 import os
+import subprocess
+import zlib
 from collections.abc import Iterator
 
 # Triton decides at import whether kernels are interpreted.
@@ -53,7 +55,42 @@ if DEVICE != "cpu":
     _guard.guard = _guard.recorded
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run one of N of the tests marked `matrix`, others at each commit (default: all)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("sample") < 1:
+        raise pytest.UsageError(f"--sample: expected at least 1, got {config.getoption('sample')}")
+    # Once, for the workers too, which have to choose the same tests.
+    if "TEST_SAMPLE_SEED" not in os.environ:
+        git = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            commit = ""
+        os.environ["TEST_SAMPLE_SEED"] = commit.strip()
+
+
+def _is_of_sample(item: pytest.Item, size: int) -> bool:
+    # Of a test that isn't parametrised there are no others alike.
+    if item.get_closest_marker("matrix") is None or not hasattr(item, "callspec"):
+        return True
+    return zlib.crc32(f"{os.environ['TEST_SAMPLE_SEED']} {item.nodeid}".encode()) % size == 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    size = config.getoption("sample")
+    left_out = [item for item in items if not _is_of_sample(item, size)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _is_of_sample(item, size)]
     if DEVICE != "cpu":
         skip = pytest.mark.skip(reason="of a CPU, and TEST_DEVICE is another")
         for item in items:

@@ -33,6 +33,8 @@ from flamingo_fast.testing.compare import outputs_and_gradients
 from flamingo_fast.testing.guard import guard
 from flamingo_fast.testing.inputs import random_tensor
 
+pytestmark = pytest.mark.matrix
+
 every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
 frozen_or_not = pytest.mark.parametrize(
     "frozen", [(), ("k", "v"), ("q",), ("q", "v")], ids=lambda names: "".join(names) or "none"

@@ -23,6 +23,8 @@ from flamingo_fast.testing import eager, peers
 from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gradients
 from flamingo_fast.testing.inputs import random_tensor
 
+pytestmark = pytest.mark.matrix
+
 IMPLS = ["torch", "sdpa", "reference", "triton"]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 # PyTorch's attention multiplies what its mask leaves out by 0.

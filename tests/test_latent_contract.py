@@ -11,6 +11,8 @@ from flamingo_fast.ops import latent_attention as op
 from flamingo_fast.ops import varlen_attention
 from flamingo_fast.testing.inputs import random_tensor
 
+pytestmark = pytest.mark.matrix
+
 IMPLS = ["torch", "sdpa", "reference", "triton"]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 # With an op of their own.

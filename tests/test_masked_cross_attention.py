@@ -30,6 +30,8 @@ from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gr
 from flamingo_fast.testing.guard import guard
 from flamingo_fast.testing.inputs import random_tensor
 
+pytestmark = pytest.mark.matrix
+
 PATTERNS = {
     "text_before_first": AttentionCase(images=((7, 15),)),
     "image_is_last_token": AttentionCase(images=((3, 23),)),

@@ -25,6 +25,8 @@ from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops import cpu_several_media
 from flamingo_fast.testing.guard import guard
 
+pytestmark = pytest.mark.matrix
+
 FORWARD = ["_several_media_fwd_kernel"]
 SPLIT_FORWARD = [*FORWARD, "_combine_splits_kernel"]
 BACKWARD = ["_several_media_dq_kernel", "_several_media_dkv_kernel"]

@@ -26,6 +26,8 @@ from flamingo_fast.ops import several_media_attention
 from flamingo_fast.testing.guard import guard
 from flamingo_fast.testing.inputs import random_tensor
 
+pytestmark = pytest.mark.matrix
+
 every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 FORWARD, COMBINE = "_several_media_fwd_kernel", "_combine_splits_kernel"
