@@ -1,7 +1,5 @@
 """Checkpoints of a run: complete or not there, whatever happens; any number of ranks."""
 
-import contextlib
-import datetime
 import errno
 import os
 import pickle
@@ -9,7 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fresh_venv import ROOT
+from rank_cases import met
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -332,22 +331,6 @@ def _as_sharded(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _two_ranks(rank: int, store: Path) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
-        yield
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
 def _save_and_fail(checkpoints: Checkpoints) -> None:
     path = checkpoints.save(1, _as_sharded(state_of(1)), {"rank": dist.get_rank()})
     files = names(path / "state")
@@ -385,7 +368,7 @@ def _load(checkpoints: Checkpoints) -> None:
 def _worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     checkpoints = Checkpoints(folder / "run")
-    with _two_ranks(rank, folder / "first"):
+    with met(rank, 2, folder / "first"):
         _save_and_fail(checkpoints)
     if rank == 0:
         state = zeros() | {"replicated": torch.zeros(4, dtype=torch.int64)}
@@ -393,7 +376,7 @@ def _worker(rank: int, folder: Path) -> None:
         expected = state_of(1) | {"replicated": torch.arange(4)}
         torch.testing.assert_close(state, expected, rtol=0, atol=0)
         checkpoints.save(2, state_of(2) | {"replicated": torch.arange(4)}, {"ranks": 1})
-    with _two_ranks(rank, folder / "second"):
+    with met(rank, 2, folder / "second"):
         _load(checkpoints)
 
 

@@ -1,14 +1,13 @@
 """FSDP2 on two gloo ranks: fully_shard gated blocks, with gates of shape (1,), and a resampler."""
 
 import copy
-import datetime
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from rank_cases import met
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -92,15 +91,7 @@ def _parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _worker(rank: int, store: str, impl: str, make: Callable[[str], Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
+    with met(rank, WORLD, store):
         torch.manual_seed(0)
         whole, batches = make(impl)
         for parameter in whole.parameters():
@@ -114,10 +105,6 @@ def _worker(rank: int, store: str, impl: str, make: Callable[[str], Any]) -> Non
         expected = _train(whole, batches.flatten(0, 1))
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-        # A rank that leaves while the other still talks to it can abort it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ seen is a tenth of that. In bf16: 1e-2, 5e-2, and a half.
 """
 
 import dataclasses
-import datetime
 import functools
 import math
 import os
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
+from rank_cases import met
 from torch.distributed.tensor import DTensor
 
 from flamingo_fast.models.config import ConfigError
@@ -195,21 +195,9 @@ def check_case(name: str, rank: int) -> None:
 
 
 def _worker(rank: int, store: str, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
+    with met(rank, WORLD, store):
         for argument in arguments:
             check(argument, rank)
-        # A rank that leaves while the other still talks to it can abort it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def on_two_ranks(tmp_path: Any, check: Callable[..., None], *arguments: Any) -> None:

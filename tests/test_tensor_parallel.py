@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
+from rank_cases import met
 from run_cases import config, finish, make_data, metrics, start
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -101,21 +101,9 @@ def check_same_weights(model: Flamingo, expected: Flamingo) -> None:
 
 
 def _worker(rank: int, world: int, folder: str, checks: tuple[Callable[[str], None], ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
+    with met(rank, world, f"{folder}/store"):
         for check in checks:
             check(folder)
-        # A rank that leaves while another still talks to it can abort it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def on_ranks(world: int, folder: Path, *checks: Callable[[str], None]) -> None:

@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-import datetime
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from model_cases import IMAGE, flamingo, open_gates
+from rank_cases import met
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -44,15 +43,7 @@ def _gradients(model, batch):
 
 
 def _worker(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
+    with met(rank, WORLD, store):
         for is_frozen in (True, False):
             whole = _model()
             whole.vision_encoder.freeze(is_frozen)
@@ -77,10 +68,6 @@ def _worker(rank, store):
                     torch.testing.assert_close(
                         WORLD * one.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4 * largest
                     )
-        # A rank that leaves while the other still talks to it can abort it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow

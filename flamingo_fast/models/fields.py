@@ -54,10 +54,12 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
 
 
 def field_path(where: str, name: str) -> str:
+    """A field's name as an error has it; `where` is the path of its config, "" of the outermost."""
     return f"{where}.{name}" if where else name
 
 
 def check_fields(config: Any, where: str) -> None:
+    """Refuses a dataclass with a value that is not of its field's type; ints are floats, too."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _is_of(value, hint):
@@ -84,6 +86,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def at_least(where: str, config: Any, least: int, *names: str) -> None:
+    """Refuses fields of a config below `least`; None passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
@@ -93,10 +96,12 @@ def at_least(where: str, config: Any, least: int, *names: str) -> None:
 
 
 def positive(path: str, value: float) -> None:
+    """Refuses what is not a finite number above 0."""
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{path}: expected a finite number above 0, got {value!r}")
 
 
 def one_of(path: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuses a name that is not known, and says which are."""
     if value not in known:
         raise ConfigError(f"{path}: expected one of {', '.join(known)}; got {value!r}")

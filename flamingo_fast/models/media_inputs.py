@@ -14,6 +14,7 @@ Features = torch.Tensor | Sequence[torch.Tensor]
 def check_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
 ) -> None:
+    """Refuses what is not integers of shape (B, L), and others of another shape."""
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"input_ids: expected integers of shape (B, L), got {input_ids.dtype} of "
@@ -59,6 +60,7 @@ def check_counts(
 
 
 def cat_frames(media: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Frames of all media, one after another: (frames, 3, H, W), of none (0, 3, 1, 1)."""
     return torch.cat(list(media)) if media else torch.empty(0, 3, 1, 1)
 
 

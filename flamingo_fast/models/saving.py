@@ -416,6 +416,7 @@ def _check_keys(model: Flamingo, keys: set[str], folder: Path) -> None:
 
 
 def some_of(keys: Iterable[str]) -> str:
+    """The first few of them, for an error."""
     keys = sorted(keys)
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
     return ", ".join(keys[:5]) + more
@@ -463,6 +464,7 @@ def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None
 
 
 def check_nothing_on_meta(model: nn.Module, what: str) -> None:
+    """Refuses a model with tensors that have no values; `what` it came from."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     on_meta = [name for name, tensor in tensors if tensor.is_meta]
     if on_meta:

@@ -85,12 +85,14 @@ class FeedForward(nn.Sequential):
         Modules of a Sequential may be replaced, and others appended.
         """
         modules = tuple(self._modules.values())
-        if len(modules) != 4 or not is_plain(*modules[1:]):
+        if len(modules) != 4 or not self._can_fuse(*modules[1:]):
             return None
-        _, up, activation, down = modules
-        if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
-            return None
-        return activation_name(activation)
+        return activation_name(modules[2])
+
+    def _can_fuse(self, up: Any, activation: Any, down: Any) -> bool:
+        """Whether `after_norm` does what these modules would."""
+        are_linear = isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        return are_linear and is_plain(up, activation, down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""

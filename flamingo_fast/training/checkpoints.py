@@ -382,6 +382,7 @@ def _is_distributed() -> bool:
 
 
 def is_first_rank() -> bool:
+    """Whether this process is the first of all, or the only one."""
     return not _is_distributed() or dist.get_rank() == 0
 
 

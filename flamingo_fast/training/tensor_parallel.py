@@ -25,7 +25,7 @@ from flamingo_fast.models.chinchilla import ChinchillaLM, RelativeAttention
 from flamingo_fast.models.config import ConfigError
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.modules.cross_attention import MaskedCrossAttention
-from flamingo_fast.modules.feed_forward import FeedForward, activation_name
+from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.modules.resampler import PerceiverAttention, SelfAttention
 from flamingo_fast.ops.feed_forward import feed_forward
@@ -161,16 +161,9 @@ class _SharedFeedForward(FeedForward):
         is_as_made = not has_hooks(self) and "forward" not in self.__dict__
         return is_as_made and is_plain(self[0]) and self._activation() is not None
 
-    def _activation(self) -> str | None:
-        modules = tuple(self._modules.values())
-        if len(modules) != 4:
-            return None
-        _, up, activation, down = modules
-        if type(up) is not ColumnLinear or type(down) is not RowLinear:
-            return None
-        if has_hooks(up) or has_hooks(down) or activation is None or not is_plain(activation):
-            return None
-        return activation_name(activation)
+    def _can_fuse(self, up: Any, activation: Any, down: Any) -> bool:
+        are_shared = type(up) is ColumnLinear and type(down) is RowLinear
+        return are_shared and not has_hooks(up) and not has_hooks(down) and is_plain(activation)
 
     def after_norm(
         self,
