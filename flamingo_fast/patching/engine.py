@@ -1,0 +1,192 @@
+"""patch, unpatch, patched: which modules of a model get their fast forward."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from flamingo_fast.patching.options import Options
+from flamingo_fast.patching.report import PatchReport, ReportEntry
+from flamingo_fast.patching.rules import Rule, rule_of
+from flamingo_fast.patching.sources import fingerprint
+from flamingo_fast.patching.state import attach, detach, own_forward, state_of
+
+UNKNOWN = ("leave", "probe")
+
+
+def patch(
+    model: nn.Module,
+    *,
+    cross_attention: bool = True,
+    resampler: bool = True,
+    gated_residual: bool = True,
+    norm: bool = True,
+    media_kv_cache: bool = True,
+    unattended: str | None = None,
+    dry_run: bool = False,
+    unknown: str = "leave",
+) -> PatchReport:
+    """Gives the modules of a peer's model that we know a faster forward, in place.
+
+    Classes, parameters, state-dict keys, hooks and outputs stay what they are, a peer's quirks
+    included; `unpatch` undoes it. It works before and after FSDP2, PEFT and Liger, and before the
+    first call of what torch.compile made. A model that is patched already is patched anew.
+
+    Arguments:
+        model: with modules of OpenFlamingo, flamingo-pytorch, flamingo-mini, Otter, or of Idefics,
+            Idefics2 or Mllama of transformers anywhere in it, or of code that copied or subclasses
+            these.
+        cross_attention, resampler, gated_residual, norm, media_kv_cache: what to make faster; see
+            `Options`.
+        unattended: what tokens get that attend to nothing. None: what the peer gives them, be it
+            attention to all there is (transformers' Mllama). "zero": nothing from the attention.
+            "zero_block": nothing at all, feed-forward included (Meta's Mllama, torchtune).
+        dry_run: only report what would be patched.
+        unknown: what becomes of modules whose source is no version that we know: "leave" them; or
+            "probe": patch those whose forward agrees with ours on a few small random inputs.
+
+    Returns:
+        What was patched, what was left, and why.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if unknown not in UNKNOWN:
+        raise ValueError(f"unknown: expected one of {', '.join(UNKNOWN)}; got {unknown!r}")
+    options = Options(cross_attention, resampler, gated_residual, norm, media_kv_cache, unattended)
+    if not dry_run:
+        unpatch(model)
+    matched = [
+        (name, module, rule)
+        for name, module in model.named_modules()
+        if (rule := rule_of(module)) is not None
+    ]
+    probed: dict[str, str | None] = {}
+    entries: dict[str, ReportEntry] = {}
+    will_patch: set[int] = set()
+    # What a module contains comes before it: it may depend on that.
+    for name, module, rule in reversed(matched):
+        source = fingerprint(rule.code(module))
+        known = rule.known.get(source) if source is not None else None
+        reason = _reason_to_leave(rule, module, options, will_patch)
+        if reason is None and known is None:
+            reason = _unknown(rule, module, options, source, unknown, probed)
+        if reason is None:
+            will_patch.add(id(module))
+        entries[name] = ReportEntry(
+            name,
+            type(module).__name__,
+            rule.name,
+            reason is None,
+            reason or "",
+            known or _name_of(source, reason is None),
+            tuple(rule.notes(module, options) or ()) if reason is None else (),
+        )
+    if not dry_run:
+        for _, module, rule in matched:
+            if id(module) in will_patch:
+                attach(module, rule.name, options, rule.forward)
+    in_order = tuple(entries[name] for name, _, _ in matched)
+    return PatchReport(type(model).__name__, in_order, options, dry_run)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives all modules of the model their own forwards back; nothing else was changed."""
+    for module in model.modules():
+        if state_of(module) is not None:
+            detach(module)
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **options: object) -> Iterator[PatchReport]:
+    """`patch` for a while: inside the model is patched, afterwards it is as it was.
+
+    Arguments:
+        model, options: those of `patch`.
+    """
+    report = patch(model, **options)  # type: ignore[arg-type]
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+def _name_of(source: str | None, was_probed: bool) -> str:
+    if source is None:
+        return "none to read"
+    return f"{'probed' if was_probed else 'unknown'} ({source})"
+
+
+def _reason_to_leave(
+    rule: Rule, module: nn.Module, options: Options, will_patch: set[int]
+) -> str | None:
+    if not any(getattr(options, feature) for feature in rule.features):
+        return " and ".join(f"{feature}=False" for feature in rule.features)
+    return rule.refuses(module, options, lambda child: id(child) in will_patch)
+
+
+def _unknown(
+    rule: Rule,
+    module: nn.Module,
+    options: Options,
+    source: str | None,
+    unknown: str,
+    probed: dict[str, str | None],
+) -> str | None:
+    versions = ", ".join(sorted(set(rule.known.values()))) or "none"
+    reason = f"its source is none of those known ({versions})"
+    if unknown == "leave" or rule.probes is None:
+        return reason + ("; unknown='probe' tries it" if rule.probes is not None else "")
+    # Modules of the same code differ in weights and sizes alone.
+    key = f"{rule.name} {type(module).__qualname__} {source or id(module)}"
+    if key not in probed:
+        probed[key] = _probe(rule, module, options)
+    return probed[key] and f"{reason}; probed: {probed[key]}"
+
+
+@torch.no_grad()
+def _probe(rule: Rule, module: nn.Module, options: Options) -> str | None:
+    """Why its own forward is not the fast one, as far as small calls show."""
+    assert rule.probes is not None
+    if any(type(each) is not nn.Parameter or each.is_meta for each in module.parameters()):
+        return "its weights are sharded, quantised or on the meta device"
+    exact = Options(**{**vars(options), "unattended": None})
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        attach(module, rule.name, exact, rule.forward)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for args, kwargs in rule.probes(module):
+                    if difference := _difference(module, args, kwargs):
+                        return difference
+        finally:
+            detach(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        for each, training in modes:
+            each.training = training
+    return None
+
+
+def _difference(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
+    ours = tree_leaves(module.forward(*args, **kwargs))
+    theirs = tree_leaves(own_forward(module)(*args, **kwargs))
+    if len(ours) != len(theirs):
+        return f"{len(ours)} results, not {len(theirs)}"
+    for mine, other in zip(ours, theirs, strict=True):
+        if not isinstance(other, torch.Tensor):
+            continue
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            return f"a result of {tuple(mine.shape)}, not {tuple(other.shape)}"
+        error = (mine.double() - other.double()).abs().max()
+        # Sums in another order; bugs are larger.
+        limit = 200 * torch.finfo(other.dtype).eps * other.double().abs().max()
+        if not error <= limit:
+            return f"results differ by {float(error):.2g}"
+    return None

@@ -1,0 +1,45 @@
+"""Rules of transformers' RMS norms: y = weight * (x / rms(x)), one class a model."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.ops.norm import rms_norm
+from flamingo_fast.patching.parts import is_whole, rms_eps
+from flamingo_fast.patching.rules import Call, Rule, has
+from flamingo_fast.patching.state import own_forward
+
+
+def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """x (..., width) to its shape and dtype."""
+    weight: Any = self.weight
+    if not is_whole(weight) or weight.dtype != hidden_states.dtype:
+        return own_forward(self)(hidden_states)
+    return rms_norm(hidden_states, weight, eps=rms_eps(self))
+
+
+def rms_norm_rule(family: str, class_name: str, known: Mapping[str, str]) -> Rule:
+    """The rule of a family's class, and of classes that inherit from one of this name."""
+
+    def matches(module: nn.Module) -> bool:
+        return (
+            any(cls.__name__ == class_name for cls in type(module).__mro__)
+            and has(module, tensors=("weight",))
+            and isinstance(getattr(module, "variance_epsilon", None), float)
+        )
+
+    return Rule(
+        name=f"{family}.rms_norm",
+        features=("norm",),
+        matches=matches,
+        forward=forward,
+        known=known,
+        probes=_probes,
+    )
+
+
+def _probes(module: nn.Module) -> Iterator[Call]:
+    weight: Any = module.weight
+    yield (torch.randn(2, 3, len(weight), dtype=weight.dtype, device=weight.device),), {}

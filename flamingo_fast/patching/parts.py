@@ -1,0 +1,87 @@
+"""What fast forwards of several families share: norms and gated residuals of a peer's modules.
+
+Fused operations read a peer's parameters past its modules. They do so only where a module is
+nothing more than its class says; otherwise the peer's own modules are called, one by one.
+"""
+
+import torch
+from torch import nn
+
+from flamingo_fast.modules.plain import has_hooks
+from flamingo_fast.ops.gated_residual import gated_residual
+from flamingo_fast.ops.norm import gated_residual_norm
+from flamingo_fast.patching.options import Options
+from flamingo_fast.patching.state import is_patched
+
+# (kind, weight, bias, eps) as the norms of `ops` have them.
+Norm = tuple[str, torch.Tensor | None, torch.Tensor | None, float]
+
+# Rules of modules that are an RMS norm with `weight`, and `variance_epsilon` or `eps`.
+RMS_NORM_RULES = ("idefics.rms_norm", "idefics2.rms_norm", "mllama.rms_norm")
+
+
+def is_whole(*tensors: torch.Tensor | None) -> bool:
+    """Whether they are ordinary tensors: not sharded, quantised, or of another subclass."""
+    return all(each is None or type(each) in (nn.Parameter, torch.Tensor) for each in tensors)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that a module is, if its parameters may be read."""
+    if has_hooks(module):
+        return None
+    if type(module) is nn.LayerNorm:
+        if "forward" in module.__dict__ or len(module.normalized_shape) != 1:
+            return None
+        found: Norm = ("layer", module.weight, module.bias, module.eps)
+    elif is_patched(module, *RMS_NORM_RULES):
+        found = ("rms", module.weight, None, rms_eps(module))  # type: ignore[assignment]
+    else:
+        return None
+    return found if is_whole(found[1], found[2]) else None
+
+
+def rms_eps(module: nn.Module) -> float:
+    """Of transformers' RMS norms."""
+    eps = getattr(module, "variance_epsilon", None)
+    return module.eps if eps is None else eps  # type: ignore[return-value]
+
+
+def add_gated(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, options: Options
+) -> torch.Tensor:
+    """x + tanh(gate) * y, in the dtype that PyTorch's operators would give it.
+
+    Arguments:
+        x, y: (..., width).
+        gate: one number, or `width` of them, with any dimensions of size 1 before.
+    """
+    if not options.gated_residual or not _can_fuse(x, y, gate):
+        return x + gate.tanh() * y
+    return gated_residual(x, y, gate.reshape(-1))
+
+
+def add_gated_norm(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, norm: nn.Module, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual = x + tanh(gate) * y and norm(residual); arguments as of `add_gated`."""
+    found = norm_of(norm) if options.gated_residual and options.norm else None
+    if found is None or not _can_fuse(x, y, gate) or not _keeps_dtype(x, found):
+        residual = add_gated(x, y, gate, options)
+        return residual, norm(residual)
+    kind, weight, bias, eps = found
+    return gated_residual_norm(x, y, gate.reshape(-1), weight, bias, eps=eps, norm=kind)
+
+
+def _can_fuse(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> bool:
+    promoted = torch.promote_types(torch.promote_types(x.dtype, y.dtype), gate.dtype)
+    return (
+        x.shape == y.shape
+        and promoted == x.dtype
+        and is_whole(gate)
+        and gate.numel() in (1, x.shape[-1])
+    )
+
+
+def _keeps_dtype(x: torch.Tensor, norm: Norm) -> bool:
+    """With weights of another dtype norms return that one, or refuse."""
+    return norm[1] is None or norm[1].dtype == x.dtype

@@ -1,0 +1,125 @@
+"""What `patch` must not change, checked on any model: outputs, gradients, keys, and the way back.
+
+A case is a model in fp32 with its gates open and a `call` that takes it: it returns (logits, loss)
+and makes its own inputs in the model's dtype.
+"""
+
+import copy
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.patching import PatchReport, patch, unpatch
+from flamingo_fast.testing.compare import assert_close_to_oracle
+
+Call = Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]
+
+
+def open_gates(model: nn.Module, std: float = 0.7) -> nn.Module:
+    """Gates of modules start closed, where attention has neither effect nor gradient."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "gate" in name or "alpha" in name:
+            if parameter.numel() == 1 or parameter.shape[:2] == (1, 1):
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.data.copy_(std * values.sign() * (values.abs() + 0.5))
+    return model
+
+
+def outcomes(model: nn.Module, call: Call) -> dict[str, torch.Tensor]:
+    """Logits, loss, and the gradients of all parameters that have one."""
+    model.zero_grad(set_to_none=True)
+    logits, loss = call(model)
+    found = {"logits": logits.detach().clone(), "loss": loss.detach().clone()}
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"d {name}"] = parameter.grad.clone()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def check_parity(
+    model: nn.Module,
+    call: Call,
+    dtype: torch.dtype = torch.float32,
+    same_call: Call | None = None,
+    **options: Any,
+) -> PatchReport:
+    """The three-way rule for logits, loss and all gradients; bit-equal after `unpatch`.
+
+    Arguments:
+        model: in the mode, train or eval, that is to be checked; it is not changed.
+        same_call: what the peer is given in place of `call`, where `options` ask for another
+            meaning than its own and the peer has a way to say it.
+        options: of `patch`.
+    """
+    ours = copy.deepcopy(model).to(dtype)
+    oracle = outcomes(copy.deepcopy(ours).double(), same_call or call)
+    keys = list(ours.state_dict())
+    before = outcomes(ours, call)
+    eager = before if same_call is None else outcomes(ours, same_call)
+    report = patch(ours, **options)
+    assert report.patched, str(report)
+    assert list(ours.state_dict()) == keys
+    after = outcomes(ours, call)
+    # One number that is a sum of many terms may cancel: eager is right by luck then.
+    largest = max(float(each.abs().max()) for name, each in oracle.items() if name[:2] == "d ")
+    scales = {name: largest for name, each in oracle.items() if each.numel() == 1}
+    scales["loss"] = float(oracle["loss"].abs())
+    oracle = {name: each for name, each in oracle.items() if name in eager}
+    assert_close_to_oracle(after, eager, oracle, scales)
+    unpatch(ours)
+    assert_same_bits(outcomes(ours, call), before)
+    return report
+
+
+def assert_same_bits(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"not bit-equal: {different}"
+
+
+def check_generation(
+    model: nn.Module,
+    generate: Callable[[nn.Module], torch.Tensor],
+    *,
+    least_tokens: int = 4,
+    **options: Any,
+) -> PatchReport:
+    """Token by token the same before and after `patch`, in fp32, and after `unpatch`.
+
+    Arguments:
+        generate: of a model, (B, tokens) ids, the prompt's among them or not.
+        least_tokens: fewer different tokens would show nothing.
+    """
+    model.eval()
+    before = generate(model)
+    assert before.unique().numel() >= least_tokens, f"only {before.unique().tolist()}"
+    report = patch(model, **options)
+    assert report.patched, str(report)
+    after = generate(model)
+    unpatch(model)
+    assert torch.equal(after, before), f"{after.tolist()}\n{before.tolist()}"
+    assert torch.equal(generate(model), before)
+    return report
+
+
+def check_saved_and_copied(model: nn.Module, call: Call) -> None:
+    """A patched model's state dict, its copy and its pickle are those of the model."""
+    model.eval()
+    plain = copy.deepcopy(model)
+    patch(model)
+    with torch.no_grad():
+        logits, _ = call(model)
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(call(copy.deepcopy(model))[0], logits)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert torch.equal(call(torch.load(file, weights_only=False))[0], logits)
+        torch.testing.assert_close(call(plain)[0], logits, rtol=1e-3, atol=1e-4)
+    unpatch(model)
