@@ -6,21 +6,15 @@ import pytest
 from fresh_venv import ROOT
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-PLANNED = "# Planned, not there yet."
 
 
 def test_there_are_examples_to_run() -> None:
-    assert any(not block.startswith(PLANNED) for block in BLOCKS)
+    assert BLOCKS
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_example_runs(block: str) -> None:
-    if block.startswith(PLANNED):
-        # Else the mark outlives the plan.
-        with pytest.raises(AttributeError, match="flamingo_fast"):
-            exec(block, {})
-    else:
-        exec(block, {})
+    exec(block, {})
 
 
 def test_kernel_index_names_every_file() -> None:
