@@ -7,9 +7,10 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # The goldens' (kernels/goldens), in place of the one that PyTorch brings. It only compiles here, or
 # interprets. `TRITON=` leaves PyTorch's.
 TRITON ?= triton==3.9.0
-# What we compare with, without what they require: an old PyTorch, which would replace ours. Of
-# xformers only the masks work on a CPU; they are an oracle of the tests.
-PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2 xformers==0.0.35
+# What we compare with, without what they require: another PyTorch or Triton, which would replace
+# ours. Of xformers only the masks work on a CPU; they are an oracle of the tests. Liger's patch of
+# transformers' models meets ours.
+PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2 xformers==0.0.35 liger-kernel==0.8.5
 TEST_ARGS ?=
 # Of the kernels' and layouts' many cases one of so many runs, others at each commit; 1: all.
 TEST_SAMPLE ?= 2

@@ -30,6 +30,7 @@ EXTRAS = (
     *("webdataset", "yaml", "sklearn"),
     *("matplotlib", "pytest", "pytest_benchmark"),
     *("nvtx", "flash_attn", "xformers", "liger_kernel", "einops", "einops_exts"),
+    *("peft", "accelerate"),
 )
 
 
