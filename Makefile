@@ -1,5 +1,6 @@
 # make test, make bench: on a fresh clone they create .venv, install what they need and run.
 # make test TORCH='torch==2.13.0 torchvision==0.28.0': with others, installed over those in .venv.
+# make test-transformers VERSION=4.57.1: what patches models of transformers, with another of those.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +13,9 @@ TRITON ?= triton==3.9.0
 # transformers' models meets ours.
 PEERS := open-flamingo==2.0.1 flamingo-pytorch==0.1.2 xformers==0.0.35 liger-kernel==0.8.5
 TEST_ARGS ?=
+# The oldest transformers whose models are patched; `make test` has the newest. An environment's
+# VERSION is something else's.
+VERSION := 4.57.1
 # Of the kernels' and layouts' many cases one of so many runs, others at each commit; 1: all.
 TEST_SAMPLE ?= 2
 BENCH_ARGS ?=
@@ -19,21 +23,27 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PEERS)' | cksum | cut -d' ' -f1)
+OTHER := $(VENV)-transformers-$(VERSION)
+OTHER_PIP := $(OTHER)/bin/python -m pip --disable-pip-version-check -qq
 
 # $(call timed,name,command): runs the command and prints its seconds.
 timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start )) s"
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test bench aot demo gpu gpu-test gpu-bench install clean distclean
+.PHONY: check lint test test-transformers bench aot demo gpu gpu-test gpu-bench install clean distclean
 
-check: lint test
+check: lint test test-transformers
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
 
 test: $(STAMP)
 	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
+
+test-transformers: $(OTHER)/.installed
+	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
+	  $(wildcard tests/test_patch*.py) $(TEST_ARGS))
 
 # The suite has the same cases, for pytest-benchmark's users; a few of them show that it works.
 SUITE := bench/suite -k '2048x2048 and bf16 and not compile' --benchmark-max-time 0.1
@@ -92,9 +102,21 @@ $(STAMP): pyproject.toml setup.py
 	rm -f $(VENV)/.installed-*; touch $@; \
 	echo "install: $$(( $$(date +%s) - start )) s"
 
+# Of its own it has transformers and what that needs in other versions; the rest, above all PyTorch,
+# is $(VENV)'s, whose folder comes behind its own in sys.path. pip changes nothing there.
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+$(OTHER)/.installed: $(STAMP)
+	@set -e; start=$$(date +%s); echo "install: transformers $(VERSION) into $(OTHER) ..."; \
+	$(BIN)/python -m venv --clear --without-pip $(OTHER); \
+	rest=$$($(BIN)/python -c '$(SITE)'); own=$$($(OTHER)/bin/python -c '$(SITE)'); \
+	echo "import site; site.addsitedir('$$rest')" > "$$own/rest.pth"; \
+	$(OTHER_PIP) install --no-warn-conflicts transformers==$(VERSION); \
+	touch $@; echo "install: $$(( $$(date +%s) - start )) s"
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-transformers-*

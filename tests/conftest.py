@@ -4,6 +4,7 @@ TEST_DEVICE=cuda runs them on a GPU instead, kernels compiled; `make gpu` names 
 """
 
 import collections
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -98,7 +99,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Not in the header, which -q leaves out.
+    versions = [f"{name} {_version(name)}" for name in ("torch", "triton", "transformers")]
+    terminalreporter.write_line(f"with {', '.join(versions)}")
     reasons = collections.Counter(
         str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         for report in terminalreporter.stats.get("skipped", ())
