@@ -1,6 +1,8 @@
 """What can be patched: one `Rule` for each kind of module, and the list of them all."""
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,3 +101,16 @@ def has(module: nn.Module, modules: Sequence[str] = (), tensors: Sequence[str] =
     return all(isinstance(getattr(module, name, None), nn.Module) for name in modules) and all(
         name in module._parameters or name in module._buffers for name in tensors
     )
+
+
+def takes(module: nn.Module, *names: str) -> bool:
+    """Whether the forward of its class has arguments of these names."""
+    return _arguments(type(module).forward).issuperset(names)
+
+
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
