@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import MethodType
 
 import patch_cases
 import pytest
@@ -155,15 +156,66 @@ def test_probe_on_meta_is_refused() -> None:
     assert "meta device" in flamingo_fast.patch(model, unknown="probe").left[0].reason
 
 
-def test_keeps_another_forward_of_the_instance() -> None:
-    module = Doubles()
-    module.forward = lambda x: Doubles.forward(module, x)  # as accelerate does
-    theirs = module.forward
-    model = nn.Sequential(module)
-    flamingo_fast.patch(model)
-    assert own_forward(module) is theirs
+def _triples(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return 3 * self.doubling * x
+
+
+def test_another_forward_on_the_instance_stays_and_is_said() -> None:
+    model = nn.Sequential(Doubles(), Doubles())
+    model[0].forward = MethodType(_triples, model[0])  # as Liger does
+    theirs = model[0].forward
+    report = flamingo_fast.patch(model)
+    assert [entry.name for entry in report.patched] == ["1"]
+    assert report.left[0].reason == "it has a forward of its own, test_patch._triples"
     flamingo_fast.unpatch(model)
-    assert module.forward is theirs
+    assert model[0].forward is theirs
+
+
+def test_another_forward_that_comes_after_stays() -> None:
+    model = nn.Sequential(Doubles())
+    flamingo_fast.patch(model)
+    theirs = model[0].forward = MethodType(_triples, model[0])
+    assert not is_patched(model[0]) and not flamingo_fast.patch(model, dry_run=True).patched
+    flamingo_fast.unpatch(model)
+    assert model[0].forward is theirs
+    del model[0].forward
+    assert flamingo_fast.patch(model).patched and model[0].forward.func is fast
+
+
+def test_a_forward_around_the_fast_one_keeps_working() -> None:
+    model = nn.Sequential(Doubles())
+    x = torch.randn(2, 4)
+    before = model(x)
+    flamingo_fast.patch(model)
+    ours = model[0].forward
+    model[0].forward = lambda *args: ours(*args) + 1
+    flamingo_fast.unpatch(model)
+    assert torch.equal(model(x), before + 1)
+
+
+@pytest.mark.parametrize("hooks_first", [True, False])
+def test_hooks_of_accelerate_are_around_the_fast_forward(hooks_first: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(Doubles(), Doubles())
+    x = torch.randn(2, 4)
+    before = model(x)
+    if not hooks_first:
+        flamingo_fast.patch(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert model[0].doubling.is_meta
+    if hooks_first:
+        flamingo_fast.patch(model)
+    assert is_patched(model[0]) and model[0]._old_forward.func is fast
+    assert torch.equal(model(x), before)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), before) and twin[0]._old_forward.args == (twin[0],)
+    flamingo_fast.unpatch(model)
+    assert not is_patched(model[0]) and torch.equal(model(x), before)
+    flamingo_fast.patch(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert model[0].forward.func is fast and is_patched(model[0])
+    flamingo_fast.unpatch(model)
+    assert "forward" not in vars(model[0])
 
 
 def test_the_classes_own_forward_on_the_instance_is_none_of_another() -> None:

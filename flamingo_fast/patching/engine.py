@@ -1,7 +1,9 @@
 """patch, unpatch, patched: which modules of a model get their fast forward."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,13 @@ from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.report import PatchReport, ReportEntry
 from flamingo_fast.patching.rules import Rule, rule_of
 from flamingo_fast.patching.sources import fingerprint
-from flamingo_fast.patching.state import attach, detach, own_forward, state_of
+from flamingo_fast.patching.state import (
+    attach,
+    detach,
+    own_forward,
+    replaced_forward,
+    state_of,
+)
 
 UNKNOWN = ("leave", "probe")
 
@@ -74,7 +82,7 @@ def patch(
         known = rule.known.get(source) if source is not None else None
         reason = _reason_to_leave(rule, module, options, will_patch)
         if reason is None and known is None:
-            reason = _unknown(rule, module, options, source, unknown, probed)
+            reason = _unknown(rule, module, options, source, unknown, probed, will_patch)
         if reason is None:
             will_patch.add(id(module))
         entries[name] = ReportEntry(
@@ -126,7 +134,15 @@ def _reason_to_leave(
 ) -> str | None:
     if not any(getattr(options, feature) for feature in rule.features):
         return " and ".join(f"{feature}=False" for feature in rule.features)
+    if (other := replaced_forward(module)) is not None:
+        return f"it has a forward of its own, {_code_name(other)}"
     return rule.refuses(module, options, lambda child: id(child) in will_patch)
+
+
+def _code_name(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _unknown(
@@ -136,6 +152,7 @@ def _unknown(
     source: str | None,
     unknown: str,
     probed: dict[str, str | None],
+    will_patch: set[int],
 ) -> str | None:
     versions = ", ".join(sorted(set(rule.known.values()))) or "none"
     reason = f"its source is none of those known ({versions})"
@@ -144,28 +161,27 @@ def _unknown(
     # Modules of the same code differ in weights and sizes alone.
     key = f"{rule.name} {type(module).__qualname__} {source or id(module)}"
     if key not in probed:
-        probed[key] = _probe(rule, module, options)
+        probed[key] = _probe(rule, module, options, will_patch)
     return probed[key] and f"{reason}; probed: {probed[key]}"
 
 
 @torch.no_grad()
-def _probe(rule: Rule, module: nn.Module, options: Options) -> str | None:
+def _probe(rule: Rule, module: nn.Module, options: Options, will_patch: set[int]) -> str | None:
     """Why its own forward is not the fast one, as far as small calls show."""
     assert rule.probes is not None
     if any(type(each) is not nn.Parameter or each.is_meta for each in module.parameters()):
         return "its weights are sharded, quantised or on the meta device"
     exact = Options(**{**vars(options), "unattended": None})
     modes = [(each, each.training) for each in module.modules()]
+    # Its fast forward may count on those of modules in it.
+    inner = [(each, rule_of(each)) for each in module.modules() if id(each) in will_patch]
     module.eval()
     try:
-        attach(module, rule.name, exact, rule.forward)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                for args, kwargs in rule.probes(module):
-                    if difference := _difference(module, args, kwargs):
-                        return difference
-        finally:
-            detach(module)
+        with torch.random.fork_rng(devices=[]):
+            for args, kwargs in rule.probes(module):
+                ours = _patched_call([(module, rule), *inner], exact, args, kwargs)
+                if difference := _difference(ours, module.forward(*args, **kwargs)):
+                    return difference
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -174,9 +190,24 @@ def _probe(rule: Rule, module: nn.Module, options: Options) -> str | None:
     return None
 
 
-def _difference(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
-    ours = tree_leaves(module.forward(*args, **kwargs))
-    theirs = tree_leaves(own_forward(module)(*args, **kwargs))
+def _patched_call(
+    modules: list[tuple[nn.Module, Rule | None]], options: Options, args: tuple, kwargs: dict
+) -> Any:
+    """What the first module's fast forward gives, with all of them patched meanwhile."""
+    attached = []
+    try:
+        for module, rule in modules:
+            assert rule is not None
+            attach(module, rule.name, options, rule.forward)
+            attached.append(module)
+        return modules[0][0].forward(*args, **kwargs)
+    finally:
+        for module in attached:
+            detach(module)
+
+
+def _difference(ours: Any, theirs: Any) -> str | None:
+    ours, theirs = tree_leaves(ours), tree_leaves(theirs)
     if len(ours) != len(theirs):
         return f"{len(ours)} results, not {len(theirs)}"
     for mine, other in zip(ours, theirs, strict=True):

@@ -11,7 +11,7 @@ from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.norm import gated_residual_norm
 from flamingo_fast.patching.options import Options
-from flamingo_fast.patching.state import is_patched
+from flamingo_fast.patching.state import is_patched, is_wrapped
 
 # (kind, weight, bias, eps) as the norms of `ops` have them.
 Norm = tuple[str, torch.Tensor | None, torch.Tensor | None, float]
@@ -27,10 +27,10 @@ def is_whole(*tensors: torch.Tensor | None) -> bool:
 
 def norm_of(module: nn.Module) -> Norm | None:
     """The norm that a module is, if its parameters may be read."""
-    if has_hooks(module):
+    if has_hooks(module) or is_wrapped(module):
         return None
     if type(module) is nn.LayerNorm:
-        if "forward" in module.__dict__ or len(module.normalized_shape) != 1:
+        if len(module.normalized_shape) != 1:
             return None
         found: Norm = ("layer", module.weight, module.bias, module.eps)
     elif is_patched(module, *RMS_NORM_RULES):

@@ -1,8 +1,8 @@
 """What a patched module keeps, and how its fast forward gets at it."""
 
-import copy
 import dataclasses
 import functools
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,10 @@ class PatchWarning(UserWarning):
     """A patched module did something by its own code, for this call."""
 
 
+# Where a module's dictionary may have its forward; accelerate keeps beneath its own what it found.
+_PLACES = ("forward", "_old_forward")
+
+
 @dataclasses.dataclass
 class Patched:
     """On each patched module.
@@ -26,21 +30,21 @@ class Patched:
     Attributes:
         rule: name of its rule.
         options: of the patch.
-        previous: what "forward" was in the module's own dictionary, None for nothing: the class's.
+        forward: the fast one, a function.
         memory: what the fast forward remembers between calls; `unpatch` forgets it.
     """
 
     rule: str
     options: Options
-    previous: Callable[..., Any] | None = None
+    forward: Callable[..., Any]
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Patched":
         # A copied module may be changed on its own; what is remembered belongs to the first.
-        return Patched(self.rule, self.options, copy.deepcopy(self.previous, memo))
+        return Patched(self.rule, self.options, self.forward)
 
     def __reduce__(self) -> Any:
-        return Patched, (self.rule, self.options, self.previous)
+        return Patched, (self.rule, self.options, self.forward)
 
 
 def state_of(module: nn.Module) -> Patched | None:
@@ -49,9 +53,40 @@ def state_of(module: nn.Module) -> Patched | None:
 
 
 def is_patched(module: nn.Module, *rules: str) -> bool:
-    """Whether it is, by one of these rules if any are given."""
+    """Whether it is, by one of these rules if any are given, and nobody replaced its forward since.
+
+    Hooks of accelerate may be around the fast forward.
+    """
     state = state_of(module)
-    return state is not None and (not rules or state.rule in rules)
+    return (
+        state is not None
+        and (not rules or state.rule in rules)
+        and _place_of(module, state) is not None
+    )
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether the forward on the instance does more than that of the class or the fast one."""
+    forward = module.__dict__.get("forward")
+    state = state_of(module)
+    return not (
+        forward is None
+        or getattr(forward, "__func__", None) is type(module).forward
+        or (state is not None and getattr(forward, "func", None) is state.forward)
+    )
+
+
+def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The code that others have put in place of a module's own, on the instance; or None.
+
+    Hooks of accelerate are around the module's own code, and replace nothing.
+    """
+    forward = module.__dict__.get(_place(module))
+    # transformers 4.57 leaves the class's own forward there, bound, whenever it recorded outputs.
+    if getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    state = state_of(module)
+    return None if state is not None and _place_of(module, state) else forward
 
 
 def options_of(module: nn.Module) -> Options:
@@ -61,31 +96,46 @@ def options_of(module: nn.Module) -> Options:
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """What a patched module did before it was patched."""
-    previous = getattr(module, _STATE).previous  # noqa: B009
-    if previous is not None:
-        return previous
     return functools.partial(type(module).forward, module)
 
 
 def attach(module: nn.Module, rule: str, options: Options, forward: Callable[..., Any]) -> None:
-    """Patches one module that is not: `forward` is called with it and its arguments."""
-    previous = module.__dict__.get("forward")
-    # transformers 4.57 leaves the class's own forward there, bound, whenever it recorded outputs.
-    if getattr(previous, "__func__", None) is type(module).forward:
-        previous = None
-    module.__dict__[_STATE] = Patched(rule, options, previous)
+    """Patches one module that is not, and has no `replaced_forward`.
+
+    Arguments:
+        forward: called with the module and its arguments.
+    """
+    module.__dict__[_STATE] = Patched(rule, options, forward)
     # In the module's dictionary, not by another class: what asks for its class, by name or by
     # identity, finds it, and a class that FSDP makes of it later has nothing of ours.
-    module.forward = functools.partial(forward, module)
+    module.__dict__[_place(module)] = functools.partial(forward, module)
 
 
 def detach(module: nn.Module) -> None:
-    """Undoes `attach`."""
-    state = module.__dict__.pop(_STATE)
-    if state.previous is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = state.previous
+    """Undoes `attach`; a forward that others put there since stays, and may call the fast one."""
+    state = state_of(module)
+    assert state is not None
+    place = _place_of(module, state)
+    if place is None and _place(module) in module.__dict__:
+        return
+    del module.__dict__[_STATE]
+    if place == "forward":
+        del module.__dict__[place]
+    elif place is not None:
+        module.__dict__[place] = types.MethodType(type(module).forward, module)
+
+
+def _place(module: nn.Module) -> str:
+    """Where a module's own code is called from."""
+    return _PLACES["_hf_hook" in module.__dict__ and _PLACES[1] in module.__dict__]
+
+
+def _place_of(module: nn.Module, state: Patched) -> str | None:
+    """Where the fast forward is."""
+    for place in _PLACES:
+        if getattr(module.__dict__.get(place), "func", None) is state.forward:
+            return place
+    return None
 
 
 _told: set[tuple[str, str]] = set()
