@@ -17,6 +17,10 @@ def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     weight: Any = self.weight
     if not is_whole(weight) or weight.dtype != hidden_states.dtype:
         return own_forward(self)(hidden_states)
+    if hidden_states.device.type != "meta" and torch.is_autocast_enabled(hidden_states.device.type):
+        # The op would return autocast's dtype, and the peers' return x's.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return rms_norm(hidden_states, weight, eps=rms_eps(self))
     return rms_norm(hidden_states, weight, eps=rms_eps(self))
 
 

@@ -4,6 +4,10 @@ Fused operations read a peer's parameters past its modules. They do so only wher
 nothing more than its class says; otherwise the peer's own modules are called, one by one.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,6 +19,9 @@ from flamingo_fast.patching.state import is_patched, is_wrapped
 
 # (kind, weight, bias, eps) as the norms of `ops` have them.
 Norm = tuple[str, torch.Tensor | None, torch.Tensor | None, float]
+
+# What transformers' layers call a cache.
+_CACHES = ("cache", "past_key_values", "layer_past")
 
 # Rules of modules that are an RMS norm with `weight`, and `variance_epsilon` or `eps`.
 RMS_NORM_RULES = ("idefics.rms_norm", "idefics2.rms_norm", "mllama.rms_norm")
@@ -85,3 +92,28 @@ def _can_fuse(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> bool:
 def _keeps_dtype(x: torch.Tensor, norm: Norm) -> bool:
     """With weights of another dtype norms return that one, or refuse."""
     return norm[1] is None or norm[1].dtype == x.dtype
+
+
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A fast forward of a transformers' GradientCheckpointingLayer, checkpointed where that was.
+
+    In transformers 5 the class's forward checkpoints itself, and a fast one takes its place; before
+    the class's __call__ did, around either.
+    """
+
+    @functools.wraps(forward)
+    def maybe_checkpointed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (
+            getattr(self, "gradient_checkpointing", False)
+            and self.training
+            and torch.is_grad_enabled()
+            and type(self).__call__ is nn.Module.__call__
+        ):
+            checkpoint: Any = self._gradient_checkpointing_func
+            if not getattr(self, "_can_checkpoint_with_cache", False):
+                # The backward runs the layer again, which would write to a cache twice.
+                kwargs.update({name: None for name in _CACHES if name in kwargs})
+            return checkpoint(functools.partial(forward, self, **kwargs), *args)
+        return forward(self, *args, **kwargs)
+
+    return maybe_checkpointed
