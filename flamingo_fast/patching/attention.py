@@ -1,0 +1,205 @@
+"""What fast forwards of models after OpenFlamingo share: layouts, media's keys, gated blocks.
+
+B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, D head dim.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.layout import MediaLayout, values_are_at_hand
+from flamingo_fast.modules.cross_attention import MediaKV, _layout_of
+from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.ops.attention_gradients import unbind_kv
+from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
+from flamingo_fast.patching.options import Options
+from flamingo_fast.patching.parts import add_gated, add_gated_norm
+from flamingo_fast.patching.remembered import Remembered, may_remember
+from flamingo_fast.patching.state import is_wrapped, options_of, state_of
+from flamingo_fast.watchers import is_watched
+
+
+@dataclasses.dataclass(frozen=True)
+class _LastLayout:
+    """The last layout on a CPU, and a copy of what it was made of."""
+
+    key: tuple[Any, ...]
+    media_locations: torch.Tensor
+    layout: MediaLayout
+
+
+_last_layout: _LastLayout | None = None
+
+
+def layout_of(
+    user: nn.Module,
+    media_locations: torch.Tensor,
+    num_media: int,
+    attend: str = "previous",
+    *,
+    after: int | None = None,
+) -> MediaLayout:
+    """Which media text attends to; all layers of a model, which are given the same, share one.
+
+    Arguments:
+        user: the module that asks.
+        media_locations: (B, L), bool or integers that are added up.
+        attend: "previous" or "all_previous" as of `MediaLayout`; or Otter's "next", and
+            "all_to_next": tokens after the last image token attend to nothing, whatever media
+            there are.
+        after: the layout is that of so many tokens after the last image token.
+    """
+    global _last_layout
+    if is_watched() or not values_are_at_hand(media_locations):
+        return _make_layout(user, media_locations, num_media, attend, after)
+    # Values are compared, in a fiftieth of the time that a layout takes: NumPy may write to a
+    # CPU's memory, and writes to what inference mode made are not counted.
+    key = (media_locations.dtype, num_media, attend, after)
+    last = _last_layout
+    if last is None or last.key != key or not last.media_locations.equal(media_locations):
+        layout = _make_layout(user, media_locations, num_media, attend, after)
+        last = _last_layout = _LastLayout(key, media_locations.clone(), layout)
+    return last.layout
+
+
+def _make_layout(
+    user: nn.Module,
+    media_locations: torch.Tensor,
+    num_media: int,
+    attend: str,
+    after: int | None,
+) -> MediaLayout:
+    with_next = attend in ("next", "all_to_next")
+    if media_locations.dtype == torch.bool and not with_next:
+        return _layout_of(user, media_locations, num_media, after, attend)
+    text_time = media_locations.cumsum(1)
+    if with_next:
+        count = text_time[:, -1:]
+        text_time = text_time + ~media_locations
+        text_time = text_time.masked_fill(text_time > count, 0)
+    if after is not None:
+        text_time = text_time[:, -1:].expand(-1, after)
+    end = text_time.clamp(0, num_media)
+    if attend in ("all_previous", "all_to_next"):
+        return MediaLayout.from_intervals(torch.zeros_like(end), end, num_media, max(num_media, 2))
+    return MediaLayout.from_intervals((text_time - 1).clamp(0, num_media), end, num_media, 1)
+
+
+def attend(
+    self: nn.Module,
+    q: torch.Tensor,
+    media_kv: MediaKV,
+    layout: MediaLayout,
+    unattended: str = "zero",
+) -> torch.Tensor:
+    """(B, L, H * D) of q (B, L, H * D) and keys and values (B, N, R, H, D).
+
+    Arguments:
+        self: a patched attention, with its `heads` and the `scale` of scores.
+        unattended: what the peer gives to tokens that attend to nothing; its tokens after more
+            image tokens than media get the mean of all values. Options may ask for zeros.
+    """
+    zero = options_of(self).unattended is not None
+    attended = masked_cross_attention(
+        by_head(q, self.heads),  # type: ignore[arg-type]
+        *media_kv,
+        layout,
+        unattended="zero" if zero else unattended,
+        past_last="zero" if zero else "uniform",
+        softmax_scale=self.scale,  # type: ignore[arg-type]
+    )
+    return attended.flatten(-2)
+
+
+def by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    """(..., H, D) of (..., H * D)."""
+    return projected.unflatten(-1, (heads, -1))
+
+
+def project_media(
+    self: nn.Module, media: torch.Tensor, remember_for: torch.dtype | None = None
+) -> MediaKV:
+    """Keys and values (B, N, R, H, D) of media (B, N, R, ...) by `self.to_kv`, keys first.
+
+    Arguments:
+        remember_for: the queries' dtype (under autocast it isn't that of the media), to keep them
+            for the next call with this very tensor, where `media_kv_cache` says so.
+    """
+    to_kv: Any = self.to_kv
+    state = state_of(self)
+    assert state is not None
+    remembered = None
+    # What LoRA and hooks did may be different in the next call.
+    if remember_for and state.options.media_kv_cache and may_remember() and is_plain(to_kv):
+        remembered = state.memory.setdefault("media_kv", Remembered())
+        found = remembered.recall(media, *to_kv.parameters())
+        if found is not None and found[0].dtype == remember_for:
+            return found
+    # In the shape in which hooks of to_kv are used to see it.
+    projected = by_head(to_kv(media.flatten(1, 2)), 2).unflatten(-1, (self.heads, -1))
+    found = unbind_kv(projected.unflatten(1, media.shape[1:3]))
+    if remembered is not None:
+        remembered.keep(found, media, *to_kv.parameters())
+    return found
+
+
+def project_both(
+    projection: nn.Module, media: torch.Tensor, latents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A projection's results of features (..., S, dim) and latents (..., R, dim).
+
+    The peer puts the two together, which takes the memory again; so do we where hooks count calls,
+    or LoRA's dropout draws numbers.
+    """
+    if is_plain(projection):
+        return projection(media), projection(latents)
+    both = projection(torch.cat((media, latents), -2))
+    of_media, of_latents = both.split((media.shape[-2], latents.shape[-2]), -2)
+    return of_media, of_latents
+
+
+def finish_block(
+    x: torch.Tensor,
+    attended: torch.Tensor,
+    attn_gate: torch.Tensor,
+    ff: Any,
+    ff_gate: torch.Tensor,
+    options: Options,
+) -> torch.Tensor:
+    """x + tanh(attn_gate) * attended, and then the gated feed-forward.
+
+    Arguments:
+        ff: an nn.Sequential, or an nn.ModuleList of what is called one after the other; its first
+            may be a norm.
+    """
+    if isinstance(ff, nn.Sequential) and (
+        type(ff) is not nn.Sequential or has_hooks(ff) or is_wrapped(ff)
+    ):
+        residual = add_gated(x, attended, attn_gate, options)
+        return add_gated(residual, ff(residual), ff_gate, options)
+    norm, *rest = ff
+    residual, y = add_gated_norm(x, attended, attn_gate, norm, options)
+    for module in rest:
+        y = module(y)
+    return add_gated(residual, y, ff_gate, options)
+
+
+def leave_unattended(x: torch.Tensor, out: torch.Tensor, layout: MediaLayout) -> torch.Tensor:
+    """x, bit for bit, of tokens that attend to nothing, and out of the others."""
+    return torch.where(layout.attends()[..., None], out, x)
+
+
+@contextlib.contextmanager
+def opened_gates(module: nn.Module, *names: str) -> Iterator[None]:
+    """For probes: gates start closed, and hide what is behind them."""
+    kept: dict[str, Any] = {name: module._parameters[name] for name in names}
+    try:
+        for name, gate in kept.items():
+            module._parameters[name] = nn.Parameter(torch.full_like(gate, 0.5))
+        yield
+    finally:
+        module._parameters.update(kept)
