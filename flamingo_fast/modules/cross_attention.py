@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flamingo_fast.layout import ATTEND, MediaLayout
+from flamingo_fast.layout import ATTEND, MediaLayout, values_are_at_hand
 from flamingo_fast.modules.options import check_dims, check_heads, make_norm, one_of, op_impl
 from flamingo_fast.modules.plain import is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
@@ -180,34 +180,8 @@ class MaskedCrossAttention(nn.Module):
         media_locations: torch.Tensor | None,
         use_cached_media: bool = False,
     ) -> MediaLayout:
-        """The layout that OpenFlamingo's arguments say.
-
-        Arguments:
-            x: (B, L, ...).
-            media: (B, N, ...).
-            media_locations, use_cached_media: those of `forward`.
-        """
-        batch, seqlen = x.shape[:2]
-        num_media = media.shape[1]
-        if media.shape[0] != batch or media.dim() < 4:
-            raise ValueError(
-                f"media: expected {batch} samples of media (B, N, R, ...) as x has, or a layout; "
-                f"got shape {tuple(media.shape)}"
-            )
-        if media_locations is None:
-            start = torch.zeros(batch, seqlen, dtype=torch.int32, device=x.device)
-            return MediaLayout.from_intervals(
-                start, start + num_media, num_media, max(num_media, 1)
-            )
-        if not use_cached_media:
-            if media_locations.shape[:2] != x.shape[:2]:
-                raise ValueError(
-                    f"media_locations: expected shape {(batch, seqlen)}, x's, got "
-                    f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
-                )
-        return _layout_of(
-            self, media_locations, num_media, seqlen if use_cached_media else None, self.attend
-        )
+        """The layout that OpenFlamingo's arguments say; see `layout_for`."""
+        return layout_for(self, x, media, media_locations, use_cached_media, self.attend)
 
     def extra_repr(self) -> str:
         kv_heads = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
@@ -215,6 +189,47 @@ class MaskedCrossAttention(nn.Module):
             f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, attend={self.attend!r}, "
             f"unattended={self.unattended!r}, impl={self.impl!r}"
         )
+
+
+def layout_for(
+    user: nn.Module,
+    x: torch.Tensor,
+    media: torch.Tensor,
+    media_locations: torch.Tensor | None,
+    use_cached_media: bool,
+    attend: str,
+) -> MediaLayout:
+    """The layout that OpenFlamingo's arguments say, the same one for all layers of a model.
+
+    Arguments:
+        user: the module that asks.
+        x: (B, L, ...).
+        media: (B, N, R, ...).
+        media_locations, use_cached_media: those of `MaskedCrossAttention.forward`.
+        attend: "previous", "next" or "all_previous".
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    batch, seqlen = x.shape[:2]
+    num_media = media.shape[1]
+    if media.shape[0] != batch or media.dim() < 4:
+        raise ValueError(
+            f"media: expected {batch} samples of media (B, N, R, ...) as x has, or a layout; "
+            f"got shape {tuple(media.shape)}"
+        )
+    if media_locations is None:
+        start = torch.zeros(batch, seqlen, dtype=torch.int32, device=x.device)
+        return MediaLayout.from_intervals(start, start + num_media, num_media, max(num_media, 1))
+    if not use_cached_media:
+        if media_locations.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"media_locations: expected shape {(batch, seqlen)}, x's, got "
+                f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
+            )
+    return _layout_of(
+        user, media_locations, num_media, seqlen if use_cached_media else None, attend
+    )
 
 
 @dataclasses.dataclass
@@ -232,6 +247,9 @@ class _LastLayout:
 
 _last_layout: _LastLayout | None = None
 
+# On a CPU: a copy of the locations, what else the layout was made of, and the layout.
+_last_on_cpu: tuple[torch.Tensor, tuple[Any, ...], MediaLayout] | None = None
+
 
 def _layout_of(
     user: nn.Module,
@@ -241,18 +259,26 @@ def _layout_of(
     attend: str,
 ) -> MediaLayout:
     """Of the text with the media or, with `seqlen_after`, of so many tokens after it."""
-    global _last_layout
+    global _last_layout, _last_on_cpu
 
     def make() -> MediaLayout:
         if seqlen_after is None:
             return MediaLayout.from_media_locations(media_locations, num_media, attend)
         return MediaLayout.after_media(media_locations, num_media, seqlen_after, attend)
 
-    # Changes of a CPU's memory may come from NumPy and of an inference tensor are not counted; and
-    # a graph must make its own, of what its locations will hold then.
+    if is_watched():
+        return make()
+    if values_are_at_hand(media_locations):
+        # Not by the tensor and its version: NumPy may have changed it, and to compare is cheap.
+        made_of = (media_locations.dtype, num_media, seqlen_after, attend)
+        kept = _last_on_cpu
+        if kept is None or kept[1] != made_of or not torch.equal(kept[0], media_locations):
+            _last_on_cpu = kept = media_locations.clone(), made_of, make()
+        return kept[2]
+    # Changes of an inference tensor are not counted; and a graph must make its own, of what its
+    # locations will hold then.
     if (
-        is_watched()
-        or not media_locations.is_cuda
+        not media_locations.is_cuda
         or media_locations.is_inference()
         or torch.cuda.is_current_stream_capturing()
     ):

@@ -55,10 +55,17 @@ class RMSNorm(nn.RMSNorm):
         return torch.finfo(default).eps if self.eps is None else self.eps
 
 
+def without_parameters(norm: nn.LayerNorm | RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """What a norm, ours or torch.nn.LayerNorm, multiplies by its weight."""
+    if isinstance(norm, LayerNorm | RMSNorm):
+        return norm.without_parameters(x)
+    return layer_norm(x, None, None, eps=norm.eps)
+
+
 def fold_norm(
-    norm: LayerNorm | RMSNorm, linear: nn.Linear
+    norm: nn.LayerNorm | RMSNorm, linear: nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of linear(norm(x)) as one linear layer of `norm.without_parameters(x)`."""
+    """Weight and bias of linear(norm(x)) as one linear layer of `without_parameters(norm, x)`."""
     weight: torch.Tensor = linear.weight
     bias: torch.Tensor | None = linear.bias
     norm_weight, norm_bias = norm.weight, getattr(norm, "bias", None)

@@ -14,7 +14,7 @@ from torch.nn.modules import module as _nn_module
 from flamingo_fast.modules.activation import SquaredReLU
 from flamingo_fast.modules.norm import LayerNorm, RMSNorm
 
-_PLAIN = (nn.Linear, LayerNorm, RMSNorm, nn.GELU, SquaredReLU)
+_PLAIN = (nn.Linear, nn.LayerNorm, LayerNorm, RMSNorm, nn.GELU, SquaredReLU)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

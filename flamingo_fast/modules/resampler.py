@@ -3,6 +3,7 @@
 B batch, N media of a sample, F frames of a medium, S features of a frame, R latents.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.modules.feed_forward import FeedForward
-from flamingo_fast.modules.norm import fold_norm
+from flamingo_fast.modules.norm import fold_norm, without_parameters
 from flamingo_fast.modules.options import check_dims, check_heads, make_norm, op_impl
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
@@ -80,29 +81,57 @@ class PerceiverAttention(nn.Module):
         normed = self.norm_latents(latents)
         if media_kv is None:
             media_kv = self.to_kv(self.norm_media(x))
-
-        def by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
-            by_head = projected.unflatten(-1, (-1, heads, self.dim_head))
-            by_head = by_head.expand(*outer, *by_head.shape[-4:])
-            return by_head.flatten(0, -5) if outer else by_head[None]
-
-        q = by_head(self.to_q(normed), self.heads).squeeze(2)
-        k_media, v_media = unbind_kv(by_head(media_kv, self.kv_heads))
-        k_latents, v_latents = unbind_kv(by_head(self.to_kv(normed), self.kv_heads))
-        attended = latent_attention(
-            q,
-            k_media,
-            v_media,
-            k_latents,
-            v_latents,
+        attended = attend_to_medium(
+            self.to_q(normed),
+            media_kv,
+            self.to_kv(normed),
+            outer,
+            self.heads,
+            self.kv_heads,
             media_seqlens=None if media_seqlens is None else media_seqlens.flatten(),
             impl=self.impl,
         )
-        return self.to_out(attended.flatten(-2)).view(*outer, *latents.shape[-2:])
+        return self.to_out(attended).view(*outer, *latents.shape[-2:])
 
     def extra_repr(self) -> str:
         kv_heads = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
         return f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, impl={self.impl!r}"
+
+
+def attend_to_medium(
+    q: torch.Tensor,
+    media_kv: torch.Tensor,
+    latents_kv: torch.Tensor,
+    outer: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    **options: Any,
+) -> torch.Tensor:
+    """What latents, projected to q and latents_kv, attend to, for the output layer.
+
+    Arguments:
+        q: (..., R, heads * D), its first dimensions `outer` or ones in place of them.
+        media_kv: (*outer, S, 2 * kv_heads * D), keys and then values of the medium.
+        latents_kv: (..., R, 2 * kv_heads * D), as q.
+        options: of `latent_attention`.
+
+    Returns:
+        (media of all of outer, R, heads * D).
+    """
+    dim_head = q.shape[-1] // heads
+
+    def by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
+        by_head = projected.unflatten(-1, (-1, heads, dim_head))
+        by_head = by_head.expand(*outer, *by_head.shape[-4:])
+        return by_head.flatten(0, -5) if outer else by_head[None]
+
+    attended = latent_attention(
+        by_head(q, heads).squeeze(2),
+        *unbind_kv(by_head(media_kv, kv_heads)),
+        *unbind_kv(by_head(latents_kv, kv_heads)),
+        **options,
+    )
+    return attended.flatten(-2)
 
 
 class _Resampler(nn.Module):
@@ -194,14 +223,43 @@ class _Resampler(nn.Module):
         return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _may_share_norm(attentions: list[Any]) -> bool:
+def project_for_layers(
+    attentions: Sequence[Any],
+    x: torch.Tensor,
+    *,
+    share: bool | None = None,
+    merge: bool = False,
+) -> list[torch.Tensor | None]:
+    """What each layer's to_kv(norm_media(x)) is; None: it sees to that itself.
+
+    Arguments:
+        attentions: of all layers, with a LayerNorm or RMSNorm `norm_media` and a linear `to_kv`.
+        x: (..., S, dim).
+        share, merge: `PerceiverResampler`'s share_media_norm and merge_media_projections.
+    """
+    merge = merge and not torch.is_grad_enabled()
+    if share is None and attentions:
+        is_long = x.shape[:-1].numel() >= attentions[0].to_kv.out_features
+        share = merge or (is_long and x.device.type == "cpu")
+    if not share or not _may_share_norm(attentions):
+        return [None] * len(attentions)
+    xhat = without_parameters(attentions[0].norm_media, x)
+    folded = [fold_norm(attn.norm_media, attn.to_kv) for attn in attentions]
+    if not merge:
+        return [F.linear(xhat, weight, bias) for weight, bias in folded]
+    weights, biases = zip(*folded, strict=True)
+    bias = None if biases[0] is None else torch.cat(biases)
+    return list(F.linear(xhat, torch.cat(weights), bias).chunk(len(attentions), -1))
+
+
+def _may_share_norm(attentions: Sequence[Any]) -> bool:
     """Whether their norms of media differ in parameters alone, and all weights may be read."""
     if len(attentions) < 2:
         return False
     kinds = set()
     for attn in attentions:
         norm, to_kv = attn.norm_media, attn.to_kv
-        if has_hooks(attn) or not is_plain(norm, to_kv):
+        if has_hooks(attn) or not is_plain(norm, to_kv) or len(norm.normalized_shape) != 1:
             return False
         has_bias = to_kv.bias is not None or getattr(norm, "bias", None) is not None
         kinds.add((type(norm), norm.eps, to_kv.out_features, has_bias))
@@ -314,34 +372,20 @@ class PerceiverResampler(_Resampler):
             TypeError, ValueError: a wrong argument, by name.
         """
         x = self._embed(x, media_seqlens, places)
-        media_kv = self._project_media(x)
+        layers: Any = self.layers
+        media_kv = project_for_layers(
+            [attn for attn, _ in layers],
+            x,
+            share=self.share_media_norm,
+            merge=self.merge_media_projections,
+        )
         # Of all media the first layer's latents are the same.
         latents = self.latents.expand(*(1,) * (x.dim() - 2), -1, -1)
-        layers: Any = self.layers
         for (attn, ff), kv in zip(layers, media_kv, strict=True):
             latents = latents + attn(x, latents, media_seqlens=media_seqlens, media_kv=kv)
             latents = latents + ff(latents)
         latents = self.norm(latents)
         return latents.expand(*x.shape[:2], -1, -1)
-
-    def _project_media(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """What each layer's to_kv(norm_media(x)) is; None: it sees to that itself."""
-        layers: Any = self.layers
-        attentions = [attn for attn, _ in layers]
-        merge = self.merge_media_projections and not torch.is_grad_enabled()
-        share = self.share_media_norm
-        if share is None and attentions:
-            is_long = x.shape[:-1].numel() >= attentions[0].to_kv.out_features
-            share = merge or (is_long and x.device.type == "cpu")
-        if not share or not _may_share_norm(attentions):
-            return [None] * len(attentions)
-        xhat = attentions[0].norm_media.without_parameters(x)
-        folded = [fold_norm(attn.norm_media, attn.to_kv) for attn in attentions]
-        if not merge:
-            return [F.linear(xhat, weight, bias) for weight, bias in folded]
-        weights, biases = zip(*folded, strict=True)
-        bias = None if biases[0] is None else torch.cat(biases)
-        return list(F.linear(xhat, torch.cat(weights), bias).chunk(len(attentions), -1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_latents={len(self.latents)}"
