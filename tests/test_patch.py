@@ -1,6 +1,7 @@
 """patch, unpatch, the report, and what becomes of code that is no version that we know."""
 
 import copy
+import dataclasses
 import json
 from types import MethodType
 
@@ -91,7 +92,9 @@ def test_patches_in_place_and_back() -> None:
     report = flamingo_fast.patch(model)
     assert [entry.name for entry in report.patched] == ["0", "2"] and not report.left
     assert report.entries[0].source == "test 1" and type(model[0]) is Doubles
-    assert model[0].forward.func is fast and model[1].forward.__func__ is nn.Linear.forward
+    assert (
+        model[0].forward.args == (fast, model[0]) and model[1].forward.__func__ is nn.Linear.forward
+    )
     assert {name: id(each) for name, each in model.named_parameters()} == parameters
     x = torch.randn(2, 4)
     assert torch.allclose(model[0](x), own_forward(model[0])(x))
@@ -179,7 +182,7 @@ def test_another_forward_that_comes_after_stays() -> None:
     flamingo_fast.unpatch(model)
     assert model[0].forward is theirs
     del model[0].forward
-    assert flamingo_fast.patch(model).patched and model[0].forward.func is fast
+    assert flamingo_fast.patch(model).patched and model[0].forward.args == (fast, model[0])
 
 
 def test_a_forward_around_the_fast_one_keeps_working() -> None:
@@ -205,15 +208,15 @@ def test_hooks_of_accelerate_are_around_the_fast_forward(hooks_first: bool) -> N
     assert model[0].doubling.is_meta
     if hooks_first:
         flamingo_fast.patch(model)
-    assert is_patched(model[0]) and model[0]._old_forward.func is fast
+    assert is_patched(model[0]) and model[0]._old_forward.args[0] is fast
     assert torch.equal(model(x), before)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), before) and twin[0]._old_forward.args == (twin[0],)
+    assert torch.equal(twin(x), before) and twin[0]._old_forward.args[1] is twin[0]
     flamingo_fast.unpatch(model)
     assert not is_patched(model[0]) and torch.equal(model(x), before)
     flamingo_fast.patch(model)
     accelerate.hooks.remove_hook_from_submodules(model)
-    assert model[0].forward.func is fast and is_patched(model[0])
+    assert model[0].forward.args == (fast, model[0]) and is_patched(model[0])
     flamingo_fast.unpatch(model)
     assert "forward" not in vars(model[0])
 
@@ -240,11 +243,41 @@ def test_hooks_and_compile() -> None:
     assert len(calls) == 3
 
 
+class CallsOnly(torch.autograd.Function):
+    """As the operations: without what torch.func and forward-mode AD need."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def fast_once(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return CallsOnly.apply(fast(self, x))
+
+
+def test_transforms_get_the_modules_own_forward() -> None:
+    register(dataclasses.replace(RULE, forward=fast_once), overwrite=True)
+    module = Doubles()
+    assert flamingo_fast.patch(module).patched
+    x = torch.randn(4)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        transform(lambda x: module(x).sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones(4))
+        tangent = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+    torch.testing.assert_close(tangent, 2 * module.doubling)
+    assert "CallsOnly" in str(module(x).grad_fn)
+
+
 def test_copies_are_patched_on_their_own() -> None:
     model = nn.Sequential(Doubles())
     flamingo_fast.patch(model)
     twin = copy.deepcopy(model)
-    assert twin[0].forward.args == (twin[0],)
+    assert twin[0].forward.args == (fast, twin[0])
     flamingo_fast.unpatch(twin)
     assert is_patched(model[0]) and not is_patched(twin[0])
 

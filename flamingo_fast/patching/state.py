@@ -72,7 +72,7 @@ def is_wrapped(module: nn.Module) -> bool:
     return not (
         forward is None
         or getattr(forward, "__func__", None) is type(module).forward
-        or (state is not None and getattr(forward, "func", None) is state.forward)
+        or (state is not None and _is_fast(forward, state))
     )
 
 
@@ -108,7 +108,20 @@ def attach(module: nn.Module, rule: str, options: Options, forward: Callable[...
     module.__dict__[_STATE] = Patched(rule, options, forward)
     # In the module's dictionary, not by another class: what asks for its class, by name or by
     # identity, finds it, and a class that FSDP makes of it later has nothing of ours.
-    module.__dict__[_place(module)] = functools.partial(forward, module)
+    module.__dict__[_place(module)] = functools.partial(_run, forward, module)
+
+
+def _run(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Our operations have a backward, and nothing of torch.func's or of forward-mode AD.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return own_forward(module)(*args, **kwargs)
+    return forward(module, *args, **kwargs)
+
+
+def _is_fast(forward: object, state: Patched) -> bool:
+    return isinstance(forward, functools.partial) and forward.args[:1] == (state.forward,)
 
 
 def detach(module: nn.Module) -> None:
@@ -133,7 +146,7 @@ def _place(module: nn.Module) -> str:
 def _place_of(module: nn.Module, state: Patched) -> str | None:
     """Where the fast forward is."""
     for place in _PLACES:
-        if getattr(module.__dict__.get(place), "func", None) is state.forward:
+        if _is_fast(module.__dict__.get(place), state):
             return place
     return None
 
