@@ -16,7 +16,6 @@ from flamingo_fast.patching.sources import fingerprint
 from flamingo_fast.patching.state import (
     attach,
     detach,
-    own_forward,
     replaced_forward,
     state_of,
 )
