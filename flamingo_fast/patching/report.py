@@ -85,6 +85,8 @@ class PatchReport:
         from rich.table import Table
         from rich.text import Text
 
+        if not self.entries:
+            return Text(self._headline())
         table = Table("modules", "class", "rule", "fate", "source", title=self._headline())
         for row in self.rows():
             table.add_row(*map(Text, row))
