@@ -84,7 +84,7 @@ def make_plan(
         ops = ops or tuple(GROWTH)
         providers = providers or ("ours", "sdpa")
     _check_names("op", ops, GROWTH if growth else BENCHMARKS)
-    _check_names("dtype", dtypes, DTYPES)
+    check_dtypes(dtypes)
     _check_names("mode", modes, MODES)
     benchmarks = [BENCHMARKS[name] for name in dict.fromkeys(ops or _fitting(shapes))]
     known = _provider_names(benchmarks)
@@ -109,6 +109,11 @@ def make_plan(
         quick=quick,
         growth=growth,
     )
+
+
+def check_dtypes(names: Iterable[str]) -> None:
+    """Raises ValueError for an unknown one."""
+    _check_names("dtype", names, DTYPES)
 
 
 def _fitting(shapes: Sequence[str]) -> Sequence[str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from flamingo_fast.bench import attention, roofline
 from flamingo_fast.bench.plan import BASELINE, Plan
 from flamingo_fast.bench.plot import import_pyplot, plot, plot_growth
-from flamingo_fast.bench.records import Measurement, read_csv, write_csv
+from flamingo_fast.bench.records import Environment, Measurement, read_csv, write_csv
 from flamingo_fast.bench.registry import DTYPES, shape_name
 from flamingo_fast.bench.run import Results
 
@@ -74,7 +74,7 @@ def tables(results: Results) -> list[Table]:
 
 def _ceilings(results: Results) -> Table:
     rows = [
-        [m.kernel, m.dtype, m.unit, _digits(m.value.p50), _range(m)]
+        [m.kernel, m.dtype, m.unit, digits(m.value.p50), _range(m)]
         for m in results.ceilings.measurements()
     ]
     return Table("Measured ceilings", ("", "dtype", "unit", "median", "p20 to p80"), rows, 3)
@@ -89,14 +89,14 @@ def _measured(measurements: Sequence[Measurement]) -> Table:
     rows = [
         [
             *case,
-            _digits(found["time"].value.p50),
+            digits(found["time"].value.p50),
             _range(found["time"]),
             f"{found['speedup'].value.p50:.2f}" if "speedup" in found else "",
-            _digits(found["bandwidth"].value.p50),
+            digits(found["bandwidth"].value.p50),
             f"{found['of_copy_ceiling'].value.p50:.0f}",
-            _digits(found["peak_memory"].value.p50),
-            _digits(found["saved_for_backward"].value.p50) if "saved_for_backward" in found else "",
-            *([_digits(found["cpu_time"].value.p50)] if on_gpu else []),
+            digits(found["peak_memory"].value.p50),
+            digits(found["saved_for_backward"].value.p50) if "saved_for_backward" in found else "",
+            *([digits(found["cpu_time"].value.p50)] if on_gpu else []),
         ]
         for case, found in by_case.items()
         if "time" in found
@@ -130,7 +130,7 @@ def _cpu_time(measurements: Sequence[Measurement]) -> Table:
         if m.metric == "cpu_time_per_call":
             by_case.setdefault((m.kernel, m.shape, m.dtype, m.mode), {})[m.provider] = m
     rows = [
-        [*case, *(_digits(found[name].value.p50) if name in found else "" for name in _COMPARED)]
+        [*case, *(digits(found[name].value.p50) if name in found else "" for name in _COMPARED)]
         for case, found in by_case.items()
     ]
     headers = ("op", "shape", "dtype", "mode", *(f"{name}, us" for name in _COMPARED))
@@ -154,7 +154,7 @@ def predicted(plan: Plan) -> Table:
             ours = benchmark.work(shape, itemsize, mode)
             eager = benchmark.eager_work(shape, itemsize, mode)
             times = (
-                _digits(roofline.predicted_us(work, dtype, gpu))
+                digits(roofline.predicted_us(work, dtype, gpu))
                 for gpu in roofline.GPUS
                 for work in (ours, eager)
             )
@@ -171,23 +171,33 @@ def predicted(plan: Plan) -> Table:
     )
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _range(m: Measurement) -> str:
-    return f"{_digits(m.value.p20)} to {_digits(m.value.p80)}"
+    return f"{digits(m.value.p20)} to {digits(m.value.p80)}"
 
 
 def show(results: Results) -> None:
     """Prints the tables, what is to be noted and what failed."""
+    print_tables(results.environment, tables(results), results.notes, results.failures)
+
+
+def print_tables(
+    environment: Environment,
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    failures: Sequence[str],
+) -> None:
+    """Prints a run: on what, the tables, what is to be noted and what failed."""
     # Not a terminal: rich would fold the tables to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(str(results.environment), highlight=False)
-    for table in tables(results):
+    console.print(str(environment), highlight=False)
+    for table in tables:
         console.print(table.rich())
-    for label, lines in (("Note", results.notes), ("FAILED", results.failures)):
+    for label, lines in (("Note", notes), ("FAILED", failures)):
         for line in lines:
             console.print(f"{label}: {line}", highlight=False, markup=False)
 
@@ -200,6 +210,15 @@ def prepare(out: Path) -> None:
         ValueError: `out` can't be written to, or its results.csv is not one of this version.
     """
     import_pyplot()
+    check_out(out)
+
+
+def check_out(out: Path) -> None:
+    """Makes the folder.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -216,7 +235,10 @@ def write(results: Results, out: Path) -> list[Path]:
     """
     csv, markdown = out / CSV_NAME, out / "report.md"
     write_csv(csv, results.measurements, results.environment)
-    markdown.write_text(_markdown(results), encoding="utf-8")
+    markdown.write_text(
+        document(results.environment, results.failures, results.notes, tables(results)),
+        encoding="utf-8",
+    )
     if not results.plan.growth:
         plot(results, out / "report.png")
         return [csv, markdown, out / "report.png"]
@@ -227,10 +249,16 @@ def write(results: Results, out: Path) -> list[Path]:
     return [csv, markdown, *images]
 
 
-def _markdown(results: Results) -> str:
-    parts = ["# Benchmark", str(results.environment)]
-    for title, lines in (("Failed", results.failures), ("Notes", results.notes)):
+def document(
+    environment: Environment,
+    failures: Sequence[str],
+    notes: Sequence[str],
+    tables: Sequence[Table],
+) -> str:
+    """A run in markdown."""
+    parts = ["# Benchmark", str(environment)]
+    for title, lines in (("Failed", failures), ("Notes", notes)):
         if lines:
             parts.append("\n".join([f"## {title}", *_bullets(lines)]))
-    parts += [table.markdown() for table in tables(results)]
+    parts += [table.markdown() for table in tables]
     return "\n\n".join(parts) + "\n"

@@ -38,8 +38,41 @@ def _bench_model(preset: str, dtype: str, device: "torch.device") -> None:
     Console().print(whole_model.render(preset, DTYPES[dtype], steps))
 
 
+def _bench_patch(
+    names: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    quick: bool,
+    out: Path,
+    device: "torch.device",
+) -> None:
+    from flamingo_fast.bench import patching, patching_models, plan, records, report
+
+    try:
+        plan.check_dtypes(dtypes)
+        chosen = patching_models.selected(names, quick)
+        report.check_out(out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    records.set_threads()
+    with Console(stderr=True).status("") as status:
+        results = patching.run(chosen, dtypes, device, quick=quick, progress=status.update)
+    patching.show(results)
+    for path in patching.write(results, out):
+        typer.echo(path)
+    if results.failures:
+        raise typer.Exit(1)
+
+
 @app.command()
 def bench(
+    family: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="With --patch: models, such as idefics, or a case of one, such as "
+            "idefics.decode_16. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Op; may be repeated. Default: all.")] = None,
     shape: Annotated[
         list[str] | None,
@@ -77,11 +110,18 @@ def bench(
             help="Instead: train flamingo-mini on image-text pairs, several in a row or one.",
         ),
     ] = False,
+    patch: Annotated[
+        bool,
+        typer.Option(
+            "--patch",
+            help="Instead: peers' whole models, before and after patch; all, or those named.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Folder of results.csv, report.md and report.png (growth.png). "
+            help="Folder of results.csv, report.md and report.png (growth.png, patching.md). "
             "Default: bench/results in a checkout, else bench_results.",
         ),
     ] = None,
@@ -95,13 +135,19 @@ def bench(
     from flamingo_fast.bench import plan, records, report, run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = out or records.DEFAULT_OUT
+    if patch:
+        dtypes = tuple(dict.fromkeys(dtype or ("fp32", "bf16")))
+        _bench_patch(tuple(family or ()), dtypes, quick, out, device)
+        return
+    if family:
+        raise typer.BadParameter(f"{family[0]}: expected --patch with it")
     if model is not None:
         _bench_model(model, (dtype or ["bf16"])[0], device)
         return
     if packing:
         _bench_packing(device)
         return
-    out = out or records.DEFAULT_OUT
     try:
         chosen = plan.make_plan(
             ops=op or (),

@@ -25,12 +25,12 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        return (
-            self.finite
-            and self.max_error <= self.max_limit
-            and self.rms_error <= self.rms_limit
-            and abs(self.drift_ulp) <= _MAX_DRIFT_ULP
-        )
+        return self.is_close and abs(self.drift_ulp) <= _MAX_DRIFT_ULP
+
+    @property
+    def is_close(self) -> bool:
+        """Drift aside: the gradients of many layers in bf16 all have that of the same sum."""
+        return self.finite and self.max_error <= self.max_limit and self.rms_error <= self.rms_limit
 
     def __str__(self) -> str:
         return (

@@ -101,6 +101,16 @@ def flamingo_pytorch() -> ModuleType:
     return _load("flamingo_pytorch.flamingo_pytorch", FLAMINGO_PYTORCH)
 
 
+def flamingo_pytorch_palm() -> ModuleType:
+    """flamingo-pytorch's `flamingo_palm.py`, with FlamingoPaLM: a whole model.
+
+    Raises:
+        ImportError: it, or what it imports, is not installed; says how to install it.
+    """
+    flamingo_pytorch()
+    return importlib.import_module("flamingo_pytorch.flamingo_palm")
+
+
 def idefics_layer(
     hidden_size: int, num_heads: int, image_size: int, qk_layer_norms: bool = False
 ) -> torch.nn.Module:
