@@ -664,7 +664,10 @@ class MediaLayout:
             ]
         )
 
-    def to(self, device: torch.device | str) -> "MediaLayout":
+    def to(self, device: torch.device | str | int | None) -> "MediaLayout":
+        """With its tensors on another device; None leaves them, as Tensor.to does."""
+        if device is None:
+            return self
         device = torch.device(device)
         # The CPU would read before the values have come.
         non_blocking = device.type != "cpu"

@@ -256,6 +256,7 @@ def test_to_moves_every_tensor():
         _locations("..i.i"), 2, media_seqlens=torch.tensor([1, 0])
     )
     assert layout.to("cpu") == layout
+    assert layout.to(None) is layout
     moved = layout.to(torch.device("meta"))
     assert moved.device.type == "meta"
     assert {leaf.device.type for leaf in pytree.tree_leaves(moved)} == {"meta"}
