@@ -19,18 +19,28 @@ class Remembered:
 
     def recall(self, source: torch.Tensor, *also: torch.Tensor) -> Any:
         """What was kept for this very tensor and these others, or None."""
-        if self._source is None or self._source() is not source:
+        if self._source is None or self._source() is not source or _is_captured(source):
             return None
         return self._value if self._key == _versions(source, *also) else None
 
     def keep(self, value: Any, source: torch.Tensor, *also: torch.Tensor) -> None:
         """Until `source` dies; `also` are what else the value was made of, such as weights."""
-        self._source = weakref.ref(source, self._forget)
+        if _is_captured(source):
+            return
+        # Not a method of self, which would keep self and the value until a garbage collection.
+        me = weakref.ref(self)
+        self._source = weakref.ref(source, lambda dead: _forget(me(), dead))
         self._key, self._value = _versions(source, *also), value
 
-    def _forget(self, source: Any) -> None:
-        if self._source is source:
-            self._source, self._key, self._value = None, (), None
+
+def _forget(remembered: Remembered | None, source: Any) -> None:
+    if remembered is not None and remembered._source is source:
+        remembered._source, remembered._key, remembered._value = None, (), None
+
+
+def _is_captured(source: torch.Tensor) -> bool:
+    """A graph has to make its own, of what the source will hold then."""
+    return source.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def may_remember() -> bool:
