@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flamingo_fast.modules.norm import TorchLayerNorm
 from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.norm import gated_residual_norm
@@ -36,7 +37,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     """The norm that a module is, if its parameters may be read."""
     if has_hooks(module) or is_wrapped(module):
         return None
-    if type(module) is nn.LayerNorm:
+    if type(module) is TorchLayerNorm:
         if len(module.normalized_shape) != 1:
             return None
         found: Norm = ("layer", module.weight, module.bias, module.eps)
@@ -83,18 +84,18 @@ def add_gated_norm(
 _FEW = 1 << 16
 
 
-def _are_few(x: torch.Tensor) -> bool:
+def are_few(x: torch.Tensor, few: int = _FEW) -> bool:
     """As in decoding on a CPU."""
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and x.numel() <= _FEW
+        and x.numel() <= few
     )
 
 
 def _can_fuse(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> bool:
-    if _are_few(x):
+    if are_few(x):
         return False
     promoted = torch.promote_types(torch.promote_types(x.dtype, y.dtype), gate.dtype)
     return (
