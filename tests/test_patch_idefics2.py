@@ -200,6 +200,16 @@ def test_output_attentions_is_the_peers(told: None) -> None:
     check_told(perceiver("eager"), "output_attentions", output_attentions=True)
 
 
+def test_hooks_on_attention_see_the_peers_weights(told: None) -> None:
+    model, seen = perceiver("eager"), []
+    model.layers[0].self_attn.register_forward_hook(lambda *call: seen.append(call[2][1]))
+    check_told(model, "hooks on its attention")
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1])
+    model.set_attn_implementation("sdpa")
+    assert call_with(MASKS["random"])(WithFeatures(model))[0].isfinite().all()
+    assert seen[-1] is None
+
+
 def test_other_attention_functions_are_the_peers(told: None) -> None:
     def twice(module: nn.Module, q, k, v, mask, **kwargs):  # type: ignore[no-untyped-def]
         out, weights = modeling_idefics2.eager_attention_forward(module, q, k, v, mask, **kwargs)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import values_are_at_hand
+from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.latent_attention import latent_attention
 from flamingo_fast.patching.attention import project_both
 from flamingo_fast.patching.norms import rms_norm_rule
@@ -98,6 +99,8 @@ def _why_not(attn: Any, kwargs: dict[str, Any]) -> str | None:
     name = attn.config._attn_implementation
     if name not in _IMPLEMENTATIONS and not name.startswith("flash_attention"):
         return f"the attention implementation {name!r}"
+    if name == "eager" and has_hooks(attn):
+        return "hooks on its attention may look at weights"
     return None
 
 
