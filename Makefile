@@ -43,7 +43,7 @@ test: $(STAMP)
 
 test-transformers: $(OTHER)/.installed
 	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
-	  $(wildcard tests/test_patch*.py) $(TEST_ARGS))
+	  $(filter-out %_bench.py,$(wildcard tests/test_patch*.py)) $(TEST_ARGS))
 
 # The suite has the same cases, for pytest-benchmark's users; a few of them show that it works.
 SUITE := bench/suite -k '2048x2048 and bf16 and not compile' --benchmark-max-time 0.1
