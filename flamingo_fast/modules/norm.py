@@ -2,13 +2,18 @@
 
 import torch
 from torch import nn
+from torch.nn.modules import normalization
 
 from flamingo_fast.ops.checks import check_floating
 from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.norm import layer_norm, rms_norm
 
 
-class LayerNorm(nn.LayerNorm):
+# PyTorch's: Liger's patches replace what torch.nn has of this name.
+TorchLayerNorm = normalization.LayerNorm
+
+
+class LayerNorm(TorchLayerNorm):
     """torch.nn.LayerNorm over the last dimension, through `flamingo_fast.layer_norm`.
 
     (..., dim) -> (..., dim) of x's dtype; inside autocast, of autocast's dtype.
@@ -55,7 +60,7 @@ class RMSNorm(nn.RMSNorm):
         return torch.finfo(default).eps if self.eps is None else self.eps
 
 
-def without_parameters(norm: nn.LayerNorm | RMSNorm, x: torch.Tensor) -> torch.Tensor:
+def without_parameters(norm: TorchLayerNorm | RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """What a norm, ours or torch.nn.LayerNorm, multiplies by its weight."""
     if isinstance(norm, LayerNorm | RMSNorm):
         return norm.without_parameters(x)
@@ -63,7 +68,7 @@ def without_parameters(norm: nn.LayerNorm | RMSNorm, x: torch.Tensor) -> torch.T
 
 
 def fold_norm(
-    norm: nn.LayerNorm | RMSNorm, linear: nn.Linear
+    norm: TorchLayerNorm | RMSNorm, linear: nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of linear(norm(x)) as one linear layer of `without_parameters(norm, x)`."""
     weight: torch.Tensor = linear.weight

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules import module as _nn_module
 
 from flamingo_fast.modules.activation import SquaredReLU
-from flamingo_fast.modules.norm import LayerNorm, RMSNorm
+from flamingo_fast.modules.norm import LayerNorm, RMSNorm, TorchLayerNorm
 
-_PLAIN = (nn.Linear, nn.LayerNorm, LayerNorm, RMSNorm, nn.GELU, SquaredReLU)
+_PLAIN = (nn.Linear, TorchLayerNorm, LayerNorm, RMSNorm, nn.GELU, SquaredReLU)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
