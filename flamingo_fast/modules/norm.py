@@ -8,7 +8,6 @@ from flamingo_fast.ops.checks import check_floating
 from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.norm import layer_norm, rms_norm
 
-
 # PyTorch's: Liger's patches replace what torch.nn has of this name.
 TorchLayerNorm = normalization.LayerNorm
 
