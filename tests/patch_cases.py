@@ -30,6 +30,13 @@ def open_gates(model: nn.Module, std: float = 0.7) -> nn.Module:
     return model
 
 
+def loss_of(out: torch.Tensor) -> torch.Tensor:
+    """One number in which every element counts differently, for modules without a loss."""
+    wide = out.to(torch.promote_types(out.dtype, torch.float32))
+    weights = torch.linspace(-1, 1, out.numel(), dtype=wide.dtype).view(out.shape)
+    return (wide * weights).mean().to(out.dtype)
+
+
 def outcomes(model: nn.Module, call: Call) -> dict[str, torch.Tensor]:
     """Logits, loss, and the gradients of all parameters that have one."""
     model.zero_grad(set_to_none=True)

@@ -5,10 +5,11 @@ B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, D he
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout, values_are_at_hand
@@ -162,6 +163,25 @@ def project_both(
     return of_media, of_latents
 
 
+def attend_together(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """(M, R, H * D) of latents' q (..., R, H * D), and k and v (..., S + R, H * D).
+
+    On a CPU features and latents that are put together take less time than `latent_attention`.
+
+    Arguments:
+        self: a patched attention, with its `heads` and the `scale` of scores.
+    """
+    q, k, v = (by_head(each, self.heads).flatten(0, -4).transpose(1, 2) for each in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+    return attended.transpose(1, 2).flatten(-2)
+
+
+def trains_16_bits_on_cpu(x: torch.Tensor) -> bool:
+    """Where no attention of PyTorch's or ours has the backward of matrix products alone."""
+    is_16_bits = x.element_size() == 2 or torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and is_16_bits and torch.is_grad_enabled()
+
+
 def finish_block(
     x: torch.Tensor,
     attended: torch.Tensor,
@@ -191,6 +211,17 @@ def finish_block(
 def leave_unattended(x: torch.Tensor, out: torch.Tensor, layout: MediaLayout) -> torch.Tensor:
     """x, bit for bit, of tokens that attend to nothing, and out of the others."""
     return torch.where(layout.attends()[..., None], out, x)
+
+
+def refuses_block(
+    module: Any, options: Options, will_patch: Callable[[nn.Module], bool]
+) -> str | None:
+    """What a gated block adds to its attention, `attn`, are fused residuals, or "zero_block"."""
+    if options.unattended == "zero_block" and not will_patch(module.attn):
+        return "its attention is left, and unattended='zero_block' is of both"
+    if options.gated_residual or options.unattended == "zero_block":
+        return None
+    return "gated_residual=False"
 
 
 @contextlib.contextmanager

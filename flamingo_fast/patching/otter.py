@@ -1,5 +1,226 @@
-"""To be written."""
+"""Rules of Otter (github.com/Luodian/Otter), its copy of Flamingo, and what has their structure.
 
-from flamingo_fast.patching.rules import Rule
+OpenFlamingo's first version, with feed-forwards that are lists, and attention to the next image.
 
-RULES: tuple[Rule, ...] = ()
+B batch, L text tokens, N media of a sample, R tokens of a medium, S features of a medium.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo_fast.layout import MediaLayout
+from flamingo_fast.modules.resampler import attend_to_medium
+from flamingo_fast.patching.attention import (
+    attend,
+    attend_together,
+    finish_block,
+    layout_of,
+    leave_unattended,
+    opened_gates,
+    project_both,
+    project_media,
+    refuses_block,
+    trains_16_bits_on_cpu,
+)
+from flamingo_fast.patching.options import Options
+from flamingo_fast.patching.rules import Call, Rule, has, takes
+from flamingo_fast.patching.state import options_of, own_forward, tell_once
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return (
+        has(module, modules=("norm", "to_q", "to_kv", "to_out"))
+        and all(hasattr(module, name) for name in ("heads", "scale", "only_attend_immediate_media"))
+        and takes(module, "x", "media", "media_locations", "attend_previous")
+    )
+
+
+def _is_block(module: nn.Module) -> bool:
+    return (
+        has(module, modules=("attn", "feed_forward"), tensors=("attn_gate", "ff_gate"))
+        and _is_attention(module.attn)  # type: ignore[arg-type]
+        and takes(module, "x", "media", "media_locations", "attend_previous")
+    )
+
+
+def _is_perceiver_block(module: nn.Module) -> bool:
+    names = ("norm_media", "norm_latents", "to_q", "to_kv", "to_out", "feed_forward")
+    return (
+        has(module, modules=names)
+        and all(hasattr(module, name) for name in ("heads", "scale"))
+        and takes(module, "x", "latents")
+    )
+
+
+def _layout(
+    attn: Any,
+    x: torch.Tensor,
+    media: torch.Tensor,
+    media_locations: torch.Tensor | None,
+    attend_previous: bool,
+) -> MediaLayout | None:
+    """None: of shapes or dtypes that are for the peer to take or refuse."""
+    if media.dim() != 4 or media.shape[0] != x.shape[0] or media.shape[1] == 0:
+        return None
+    num_media = media.shape[1]
+    if media_locations is None:
+        start = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
+        return MediaLayout.from_intervals(start, start + num_media, num_media, num_media)
+    if media_locations.dtype != torch.bool or media_locations.shape != x.shape[:2]:
+        return None
+    which = "previous" if attn.only_attend_immediate_media else "all_previous"
+    if not attend_previous:
+        which = "next" if attn.only_attend_immediate_media else "all_to_next"
+    return layout_of(attn, media_locations, num_media, which)
+
+
+def attention(
+    self: Any,
+    x: torch.Tensor,
+    media: torch.Tensor,
+    media_locations: torch.Tensor | None = None,
+    attend_previous: bool = True,
+) -> torch.Tensor:
+    """(B, L, dim) of x (B, L, dim).
+
+    Arguments:
+        media: (B, N, R, dim_visual).
+        media_locations: (B, L) bool; None: all attend to all media.
+        attend_previous: False: to the image that follows.
+    """
+    layout = _layout(self, x, media, media_locations, attend_previous)
+    if layout is None:
+        tell_once(self, "media or their locations of an unusual shape or dtype")
+        return own_forward(self)(x, media, media_locations, attend_previous)
+    q = self.to_q(self.norm(x))
+    media_kv = project_media(self, media, remember_for=q.dtype)
+    unattended = "zero" if self.only_attend_immediate_media else "uniform"
+    return self.to_out(attend(self, q, media_kv, layout, unattended))
+
+
+def block(
+    self: Any,
+    x: torch.Tensor,
+    media: torch.Tensor,
+    media_locations: torch.Tensor | None = None,
+    attend_previous: bool = True,
+) -> torch.Tensor:
+    """Arguments and result of `attention`."""
+    options = options_of(self)
+    attended = self.attn(x, media, media_locations=media_locations, attend_previous=attend_previous)
+    out = finish_block(x, attended, self.attn_gate, self.feed_forward, self.ff_gate, options)
+    if options.unattended == "zero_block":
+        layout = _layout(self.attn, x, media, media_locations, attend_previous)
+        out = out if layout is None else leave_unattended(x, out, layout)
+    return out
+
+
+def perceiver_block(self: Any, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """(B, N, R, dim) of features x (B, N, S, dim) and latents (B, N, R, dim)."""
+    outer = latents.shape[:-2]
+    if x.dim() != 4 or x.shape[:-2] != outer or trains_16_bits_on_cpu(x):
+        return own_forward(self)(x, latents)
+    x, normed = self.norm_media(x), self.norm_latents(latents)
+    q = self.to_q(normed)
+    if x.device.type == "cpu":
+        k, v = self.to_kv(torch.cat((x, normed), -2)).chunk(2, -1)
+        attended = attend_together(self, q, k, v)
+    else:
+        kv = project_both(self.to_kv, x, normed)
+        attended = attend_to_medium(q, *kv, outer, self.heads, self.heads, softmax_scale=self.scale)
+    out = residual = self.to_out(attended.unflatten(0, outer)) + latents
+    for module in self.feed_forward:
+        out = module(out)
+    return out + residual
+
+
+def _refuses_attention(
+    module: nn.Module, options: Options, will_patch: Callable[[nn.Module], bool]
+) -> str | None:
+    own = inspect.unwrap(type(module).forward)
+    if getattr(own, "__globals__", {}).get("XFORMERS_AVAIL"):
+        return "it attends to all media by xformers, without its mask"
+    return None
+
+
+def _notes(module: Any, options: Options) -> Sequence[str]:
+    # Of OtterLMMixin, which finds image tokens among the ids of each call alone.
+    found = [
+        "with a key/value cache, text generated after the first new token sees no media: Otter "
+        "looks for image tokens in the new ids alone"
+    ]
+    if not module.only_attend_immediate_media and options.unattended is None:
+        found.append("text before the first image attends to all media, as in Otter")
+    return found
+
+
+_LOCATIONS = torch.tensor([[0, 1, 0, 1, 1, 0, 0], [0] * 4 + [1, 0, 0]], dtype=torch.bool)
+
+
+def _tensors(attn: Any, num_media: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x of 7 tokens, media of 3 tokens each, and locations of image tokens."""
+    weight = attn.to_kv.weight
+    x = torch.randn(2, 7, attn.to_q.in_features).to(weight)
+    media = torch.randn(2, num_media, 3, weight.shape[1]).to(weight)
+    return x, media, _LOCATIONS.to(x.device)
+
+
+def _attention_probes(module: Any) -> Iterator[Call]:
+    # As many media as image tokens, fewer, and more.
+    for num_media in (3, 2, 4):
+        x, media, locations = _tensors(module, num_media)
+        yield (x, media, locations), {}
+        yield (x, media, locations, False), {}
+        # Decoding: media that were projected before, and no image token among the new ones.
+        yield (x[:, :1], media, locations[:, :1]), {}
+        yield (x, media), {}
+
+
+def _block_probes(module: Any) -> Iterator[Call]:
+    with opened_gates(module, "attn_gate", "ff_gate"):
+        for attend_previous in (True, False):
+            yield _tensors(module.attn, 3), {"attend_previous": attend_previous}
+
+
+def _perceiver_probes(module: Any) -> Iterator[Call]:
+    weight = module.to_kv.weight
+    x, latents = (torch.randn(2, 3, tokens, weight.shape[1]).to(weight) for tokens in (9, 4))
+    yield (x, latents), {}
+
+
+# The same code in the wheel of otter-ai 0.0.0a8.
+_VERSION = "Otter e5c67b2"
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="otter.attention",
+        features=("cross_attention",),
+        matches=_is_attention,
+        forward=attention,
+        known={"86879e73940f3aaf": _VERSION, "5618081e3bd315e9": f"{_VERSION}, its Flamingo"},
+        refuses=_refuses_attention,
+        notes=_notes,
+        probes=_attention_probes,
+    ),
+    Rule(
+        name="otter.block",
+        features=("cross_attention", "gated_residual"),
+        matches=_is_block,
+        forward=block,
+        known={"bfd12f06d051bac5": _VERSION},
+        refuses=refuses_block,
+        probes=_block_probes,
+    ),
+    Rule(
+        name="otter.perceiver_block",
+        features=("resampler",),
+        matches=_is_perceiver_block,
+        forward=perceiver_block,
+        known={"e197934b703d8e00": _VERSION},
+        probes=_perceiver_probes,
+    ),
+)
