@@ -16,6 +16,8 @@ from torch import nn
 from flamingo_fast.patching import PatchReport, patch, unpatch
 from flamingo_fast.testing.compare import compare
 
+_FEW = 32
+
 Call = Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -88,8 +90,8 @@ def check_close(
     """The three-way rule for `outcomes` of a whole model.
 
     Errors of one layer are in the gradients of all before it, and of hundreds of tensors eager has
-    some right by luck: its usual relative error is the rounding band of each. In bf16 the gradients
-    of many layers drift with the error of one sum.
+    some right by luck: the relative error that 9 in 10 stay below is the rounding band of each. In
+    bf16 the gradients of many layers drift with the error of one sum.
     """
     assert ours.keys() == eager.keys()
     errors = [
@@ -97,15 +99,15 @@ def check_close(
         for name, each in eager.items()
         if each.numel() > 1 and oracle[name].any()
     ]
-    usual = sorted(errors)[len(errors) // 2]
+    usual = sorted(errors)[9 * len(errors) // 10]
     # One number that is a sum of many terms may cancel.
     largest = max(float(each.abs().max()) for name, each in oracle.items() if name[:2] == "d ")
     failed = []
     for name, each in ours.items():
         is_sum = each.numel() == 1 and name != "loss"
-        scale = max(usual / torch.finfo(each.dtype).eps, 1) * (
-            largest if is_sum else float(oracle[name].abs().max())
-        )
+        # All the error of a few may be in one.
+        size = oracle[name].norm() if each.numel() <= _FEW else oracle[name].abs().max()
+        scale = max(usual / torch.finfo(each.dtype).eps, 1) * (largest if is_sum else float(size))
         found = compare(name, each, eager[name], oracle[name], scale)
         if not dataclasses.replace(found, drift_ulp=0.0).ok:
             failed.append(str(found))
