@@ -15,6 +15,7 @@ from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.report import PatchReport, ReportEntry
 from flamingo_fast.patching.rules import Rule, register, unregister
 from flamingo_fast.patching.state import PatchWarning
+from flamingo_fast.patching.transformers_hooks import patch_on_load, register_attention
 
 # In the order in which rules are asked.
 for _family in (open_flamingo, flamingo_pytorch, flamingo_mini, otter, idefics, idefics2, mllama):
@@ -27,8 +28,10 @@ __all__ = [
     "ReportEntry",
     "Rule",
     "patch",
+    "patch_on_load",
     "patched",
     "register",
+    "register_attention",
     "unpatch",
     "unregister",
 ]
