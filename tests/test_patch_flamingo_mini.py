@@ -86,6 +86,16 @@ class SeesAll(Attention):
         return (text_time >= 0).expand(-1, -1, len(media_time))
 
 
+class NothingPastLast(Attention):
+    """Where more image tokens came than there are images."""
+
+    def forward(self, y, media_locations, visual_features, previous_kv=None, output_kv=False):
+        out, kv = super().forward(y, media_locations, visual_features, previous_kv, True)
+        text_time = media_locations.cumsum(1)[:, -y.shape[1] :, None]
+        out = out.masked_fill(text_time > kv[0].shape[2] // self.n_visual, 0)
+        return out, kv if output_kv else None
+
+
 class Block(nn.Module):
     def __init__(self, act: str = "gelu", attn: type = Attention) -> None:
         super().__init__()
@@ -100,10 +110,13 @@ class Block(nn.Module):
         return y + torch.tanh(self.alpha_ffw) * self.ffw(y), kv
 
 
-class UngatedBlock(Block):
+class OtherGates(Block):
+    """The same as long as they are closed."""
+
     def forward(self, y, visual_features, media_locations, previous_kv=None, output_kv=False):
         attended, kv = self.attn(y, media_locations, visual_features, previous_kv, output_kv)
-        return y + attended + self.alpha_ffw.tanh() * self.ffw(y + attended), kv
+        y = y + self.alpha_attn * attended
+        return y + self.alpha_ffw * self.ffw(y), kv
 
 
 class PerceiverAttention(nn.Module):
@@ -244,15 +257,25 @@ def test_text_without_media_has_zeros_of_integers() -> None:
 def test_chosen_beams() -> None:
     """Their keys and values are copies, no longer laid out by medium."""
     model = open_gates(Block())
-    y, visual, locations = inputs(model, LOCATIONS[0])
-    with torch.no_grad():
+    y, visual, locations = inputs(model, LOCATIONS[1])
+    chosen = torch.tensor([2, 0, 0])
+
+    def call() -> torch.Tensor:
         _, kv = model(y, visual, locations, output_kv=True)
-        chosen = torch.tensor([2, 0, 0])
-        call = (y[:, -1:], visual, locations[chosen], [each[chosen] for each in kv])
-        before = model(*call)[0]
-        for options in ({}, {"unattended": "zero"}):
-            flamingo_fast.patch(model, unknown="probe", **options)
-            torch.testing.assert_close(model(*call)[0], before)
+        kv = [each[chosen] for each in kv]
+        return model(y[:, -1:], visual, locations[chosen], previous_kv=kv)[0]
+
+    with torch.no_grad():
+        before = call()
+        flamingo_fast.patch(model, unknown="probe")
+        torch.testing.assert_close(call(), before)
+        assert not state.state_of(model.attn).memory  # It is given its keys and values again.
+        flamingo_fast.patch(model, unattended="zero", unknown="probe")
+        after = call()
+    torch.testing.assert_close(after[0], before[0])
+    # The other beams are past their last image.
+    alone = y[:, -1:] + model.alpha_ffw.tanh() * model.ffw(y[:, -1:])
+    torch.testing.assert_close(after[1:], alone[1:])
 
 
 @pytest.mark.parametrize("unattended", ["zero", "zero_block"])
@@ -277,7 +300,7 @@ def test_zero_block_is_of_both() -> None:
     assert not report.patched and "its attention is left" in report.left[0].reason
 
 
-@pytest.mark.parametrize("attn", [SeesAllBefore, SeesAll])
+@pytest.mark.parametrize("attn", [SeesAllBefore, SeesAll, NothingPastLast])
 def test_other_masks_are_left_alone(attn: type) -> None:
     model = open_gates(Block(attn=attn))
     report = flamingo_fast.patch(model, unknown="probe")
@@ -288,7 +311,7 @@ def test_other_masks_are_left_alone(attn: type) -> None:
 
 
 def test_other_blocks_are_left_alone_however_closed_their_gates() -> None:
-    model = nn.ModuleList([UngatedBlock(), Block()])
+    model = nn.ModuleList([OtherGates(), Block()])
     flamingo_fast.patch(model, unknown="probe")
     assert not is_patched(model[0]) and is_patched(model[1])
     assert not model[1].alpha_attn.any() and type(model[1].alpha_attn) is nn.Parameter

@@ -4,7 +4,6 @@ B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, D he
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,19 +20,6 @@ from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
 from flamingo_fast.patching.remembered import Remembered, may_remember
 from flamingo_fast.patching.state import is_wrapped, options_of, state_of
-from flamingo_fast.watchers import is_watched
-
-
-@dataclasses.dataclass(frozen=True)
-class _LastLayout:
-    """The last layout on a CPU, and a copy of what it was made of."""
-
-    key: tuple[Any, ...]
-    media_locations: torch.Tensor
-    layout: MediaLayout
-
-
-_last_layout: _LastLayout | None = None
 
 
 def layout_of(
@@ -54,26 +40,11 @@ def layout_of(
             there are.
         after: the layout is that of so many tokens after the last image token.
     """
-    global _last_layout
-    if is_watched() or not values_are_at_hand(media_locations):
-        return _make_layout(user, media_locations, num_media, attend, after)
-    # Values are compared, in a fiftieth of the time that a layout takes: NumPy may write to a
-    # CPU's memory, and writes to what inference mode made are not counted.
-    key = (media_locations.dtype, num_media, attend, after)
-    last = _last_layout
-    if last is None or last.key != key or not last.media_locations.equal(media_locations):
-        layout = _make_layout(user, media_locations, num_media, attend, after)
-        last = _last_layout = _LastLayout(key, media_locations.clone(), layout)
-    return last.layout
-
-
-def _make_layout(
-    user: nn.Module,
-    media_locations: torch.Tensor,
-    num_media: int,
-    attend: str,
-    after: int | None,
-) -> MediaLayout:
+    if media_locations.dtype != torch.bool and values_are_at_hand(media_locations):
+        # Some peers give zeros of the ids' dtype to text without media.
+        is_one = media_locations != 0
+        if torch.equal(is_one.to(media_locations.dtype), media_locations):
+            media_locations = is_one
     with_next = attend in ("next", "all_to_next")
     if media_locations.dtype == torch.bool and not with_next:
         return _layout_of(user, media_locations, num_media, after, attend)
