@@ -34,12 +34,13 @@ from flamingo_fast.patching.state import (
     state_of,
     tell_once,
 )
+from flamingo_fast.patching.transformers_hooks import ATTENTION
 
 _LAYER = "idefics.cross_attention"
 # The argument that layers get; attention of the text ignores it.
 _IMAGES = "flamingo_fast_images"
 # Implementations of attention that ignore arguments they don't know.
-_ATTENTIONS = (None, "eager", "sdpa")
+_ATTENTIONS = (None, "eager", "sdpa", ATTENTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +112,15 @@ def forward_layer(
     if silent is not None:
         attended = attended.masked_fill(silent[:, :, None], 0.0)
     residual, normed = add_gated_norm(
-        hidden_states, attended, self.alpha_cross_attn, self.post_attention_layernorm, options
+        hidden_states,
+        attended,
+        self.alpha_cross_attn,
+        self.post_attention_layernorm,
+        options,
+        self.act_cross_attn,
     )
     hidden = F.dropout(self.mlp(normed), p=self.config, training=self.training)
-    out = add_gated(residual, hidden, self.alpha_dense, options)
+    out = add_gated(residual, hidden, self.alpha_dense, options, self.act_dense)
     if silent is not None and _leaves(options):
         return torch.where(silent[..., None], hidden_states, out)
     return out

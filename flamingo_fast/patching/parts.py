@@ -55,29 +55,48 @@ def rms_eps(module: nn.Module) -> float:
 
 
 def add_gated(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, options: Options
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    options: Options,
+    tanh: nn.Module | None = None,
 ) -> torch.Tensor:
     """x + tanh(gate) * y, in the dtype that PyTorch's operators would give it.
 
     Arguments:
         x, y: (..., width).
         gate: one number, or `width` of them, with any dimensions of size 1 before.
+        tanh: the peer's nn.Tanh, if it has one for this; its hooks see what they did.
     """
-    if not options.gated_residual or not _can_fuse(x, y, gate):
-        return x + gate.tanh() * y
+    if not options.gated_residual or not _can_fuse(x, y, gate) or _is_watched(tanh):
+        return x + (gate.tanh() if tanh is None else tanh(gate)) * y
     return gated_residual(x, y, gate.reshape(-1))
 
 
 def add_gated_norm(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, norm: nn.Module, options: Options
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    norm: nn.Module,
+    options: Options,
+    tanh: nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """residual = x + tanh(gate) * y and norm(residual); arguments as of `add_gated`."""
     found = norm_of(norm) if options.gated_residual and options.norm else None
-    if found is None or not _can_fuse(x, y, gate) or not _keeps_dtype(x, found):
-        residual = add_gated(x, y, gate, options)
+    if (
+        found is None
+        or not _can_fuse(x, y, gate)
+        or not _keeps_dtype(x, found)
+        or _is_watched(tanh)
+    ):
+        residual = add_gated(x, y, gate, options, tanh)
         return residual, norm(residual)
     kind, weight, bias, eps = found
     return gated_residual_norm(x, y, gate.reshape(-1), weight, bias, eps=eps, norm=kind)
+
+
+def _is_watched(tanh: nn.Module | None) -> bool:
+    return tanh is not None and (has_hooks(tanh) or is_wrapped(tanh))
 
 
 # Elements; of fewer, fused operations take longer to call than to run: 33 us a gated layer.
