@@ -71,6 +71,16 @@ def test_video(tmp_path: Path) -> None:
     assert out.startswith("8 frames of (3, 64, 64) are 8 tokens\n")
 
 
+def test_a_patched_model_computes_the_same(tmp_path: Path) -> None:
+    out = run_example("patch_a_model", "--tokens", 32, "--rounds", 1, cwd=tmp_path)
+    assert int(re.findall(r"(\d+) modules patched", out)[0]) > 0
+    assert float(re.findall(r"logits differ by (\S+)", out)[0]) < 1e-4
+    assert re.findall(r"^the same .*: (\w+)", out, re.M) == ["True", "True"]
+    assert len(re.findall(r"ms  patched +[\d.]+ ms  [\d.]+ x", out)) == 3
+
+
 def test_every_example_is_run() -> None:
     names = {file.stem for file in EXAMPLES.glob("*.py")} - {"tiny"}
-    assert names == {"few_shot_captioning", "multi_turn_chat", "video", "wrap_an_lm"}
+    assert names == {
+        *("few_shot_captioning", "multi_turn_chat", "patch_a_model", "video", "wrap_an_lm")
+    }
