@@ -19,10 +19,11 @@ from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.rules import Call, Rule, has
 from flamingo_fast.patching.state import is_patched, own_forward, tell_once
+from flamingo_fast.patching.transformers_hooks import ATTENTION
 
 _ATTENTION = "idefics2.perceiver_attention"
 # Attention functions that all compute the same.
-_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flamingo_fast")
+_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", ATTENTION)
 _DROPOUT = "attention dropout in training"
 
 

@@ -20,12 +20,13 @@ from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
 from flamingo_fast.patching.rules import Rule, has
 from flamingo_fast.patching.state import is_patched, options_of, own_forward, tell_once
+from flamingo_fast.patching.transformers_hooks import ATTENTION
 
 _OLD, _NEW = "transformers 4.57.1", "transformers 5.24.0"
 _BOTH = f"{_OLD} to 5.24.0"
 
 # Attention that does no more than attend; under another name there may be anything.
-_KNOWN_ATTENTION = ("eager", "sdpa", "flex_attention")
+_KNOWN_ATTENTION = ("eager", "sdpa", "flex_attention", ATTENTION)
 
 _CAUSAL = (
     "without cross_attention_mask, transformers attends causally to the images under sdpa "

@@ -15,6 +15,8 @@ from torch import nn
 from flamingo_fast.patching.engine import patch
 from flamingo_fast.patching.report import PatchReport
 
+# The name of our attention function.
+ATTENTION = "flamingo_fast"
 # What a whole model makes of its parts by name, so that transformers can put another class there;
 # all that rules match is in them. An outer one comes before those in it.
 _PARTS = {
@@ -118,8 +120,8 @@ def _put_back(stand_ins: Iterable[type]) -> None:
                 setattr(module, stand_in.__name__, stand_in.__base__)
 
 
-def register_attention(name: str = "flamingo_fast") -> None:
-    """An attention function for `model.set_attn_implementation(name)`, beside "eager" and "sdpa".
+def register_attention() -> None:
+    """For `model.set_attn_implementation("flamingo_fast")`, beside "eager" and "sdpa".
 
     It is "sdpa", but cross-attention to images without a mask is to all of them, as in "eager":
     "sdpa" takes it for causal (transformers #48172). Layouts in place of masks are what `patch` is
@@ -128,9 +130,9 @@ def register_attention(name: str = "flamingo_fast") -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(ATTENTION, attention)
     # Without a function for its masks transformers would make none.
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def attention(
