@@ -25,8 +25,8 @@ from torch import nn
 
 from flamingo_fast.patching import patch, unpatch
 
-pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -71,6 +71,8 @@ def test_lora(family: Family, first: str) -> None:
         torch.testing.assert_close(family.call(merged)[0], expected["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::flamingo_fast.patching.PatchWarning")
+@pytest.mark.filterwarnings("ignore:(For backward hooks|Full backward hook):UserWarning")
 def test_hooks_of_every_module_see_what_they_did_before(family: Family) -> None:
     model = family.model()
     seen: dict[str, int] = {}
@@ -139,25 +141,19 @@ def test_recomputed_in_backward(family: Family, first: str) -> None:
     assert_close({name.replace(f"{WRAPPED}.", ""): each for name, each in got.items()}, expected)
 
 
-def compiled_outcomes(model: nn.Module, family: Family) -> tuple[list[str], dict[str, Any]]:
-    """Why the graph breaks, and what comes out."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model, backend="aot_eager")
-    found = outcomes(model, lambda _: family.call(compiled))
-    return list(torch._dynamo.utils.counters["graph_break"].elements()), found
-
-
 @pytest.mark.matrix
 def test_compiled(family: Family) -> None:
+    if family.name == "idefics" and int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers 4's Idefics breaks the graph in each of its layers")
     model = family.model()
     expected = outcomes(model, family.call)
     patch(model)
-    breaks, got = compiled_outcomes(model, family)
-    assert_close(got, expected)
-    if breaks:
-        unpatch(model)
-        assert len(breaks) <= len(compiled_outcomes(model, family)[0]), breaks
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(outcomes(model, lambda _: family.call(compiled)), expected)
+    # As without the patch.
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_autocast(family: Family) -> None:
