@@ -262,7 +262,7 @@ def test_chosen_beams() -> None:
 
     def call() -> torch.Tensor:
         _, kv = model(y, visual, locations, output_kv=True)
-        kv = [each[chosen] for each in kv]
+        kv = [each.index_select(0, chosen) for each in kv]
         return model(y[:, -1:], visual, locations[chosen], previous_kv=kv)[0]
 
     with torch.no_grad():

@@ -104,6 +104,16 @@ class NextOfMedia(Attention):
         return (time if attend_previous else time + ~media_locations)[..., None]
 
 
+class NothingPastLast(Attention):
+    """Where more image tokens came than there are images."""
+
+    def forward(self, x, media, media_locations=None, attend_previous=True):
+        out = super().forward(x, media, media_locations, attend_previous)
+        if media_locations is None:
+            return out
+        return out.masked_fill(self.time(media_locations, attend_previous) > media.shape[1], 0)
+
+
 class Block(nn.Module):
     def __init__(self, attn: nn.Module | None = None) -> None:
         super().__init__()
@@ -299,7 +309,7 @@ def test_tokens_that_attend_to_nothing(unattended: str, attend_previous: bool) -
     assert torch.equal(ours[nothing], x[nothing]) == (unattended == "zero_block")
 
 
-@pytest.mark.parametrize("attn", [WithoutMask, SeesAllBefore, NextOfMedia])
+@pytest.mark.parametrize("attn", [WithoutMask, SeesAllBefore, NextOfMedia, NothingPastLast])
 def test_other_masks_are_left_alone(attn: type) -> None:
     model = open_gates(Block(attn()))
     report = flamingo_fast.patch(model, unknown="probe")
