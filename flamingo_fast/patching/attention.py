@@ -147,10 +147,20 @@ def attend_together(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return attended.transpose(1, 2).flatten(-2)
 
 
+def is_16_bits_on_cpu(x: torch.Tensor) -> bool:
+    """Whether products of x with weights are of bf16 or fp16, on a CPU."""
+    return x.device.type == "cpu" and (x.element_size() == 2 or torch.is_autocast_enabled("cpu"))
+
+
 def trains_16_bits_on_cpu(x: torch.Tensor) -> bool:
     """Where no attention of PyTorch's or ours has the backward of matrix products alone."""
-    is_16_bits = x.element_size() == 2 or torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and is_16_bits and torch.is_grad_enabled()
+    return is_16_bits_on_cpu(x) and torch.is_grad_enabled()
+
+
+def leaves_one_medium(self: nn.Module, x: torch.Tensor, num_media: int) -> bool:
+    """Whether a cross-attention's own forward is the faster one: it does nothing in vain."""
+    is_own_meaning = options_of(self).unattended is None
+    return num_media == 1 and is_own_meaning and trains_16_bits_on_cpu(x)
 
 
 def finish_block(
@@ -164,12 +174,11 @@ def finish_block(
     """x + tanh(attn_gate) * attended, and then the gated feed-forward.
 
     Arguments:
-        ff: an nn.Sequential, or an nn.ModuleList of what is called one after the other; its first
-            may be a norm.
+        ff: any module, mostly an nn.Sequential; or an nn.ModuleList of what is called one after
+            the other. The first in these may be a norm.
     """
-    if isinstance(ff, nn.Sequential) and (
-        type(ff) is not nn.Sequential or has_hooks(ff) or is_wrapped(ff)
-    ):
+    is_open = type(ff) is nn.Sequential and len(ff) > 0 and not (has_hooks(ff) or is_wrapped(ff))
+    if not is_open and not isinstance(ff, nn.ModuleList):
         residual = add_gated(x, attended, attn_gate, options)
         return add_gated(residual, ff(residual), ff_gate, options)
     norm, *rest = ff

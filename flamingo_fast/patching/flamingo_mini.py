@@ -22,6 +22,7 @@ from flamingo_fast.patching.attention import (
     finish_block,
     layout_of,
     leave_unattended,
+    leaves_one_medium,
     opened_gates,
     project_both,
     project_media,
@@ -118,7 +119,8 @@ def attention(
         visual_features: (B, N, R, dim_visual).
         previous_kv: keys and values from before, in place of those of visual_features.
     """
-    if previous_kv is not None and y.shape[1] == 1 and _would_copy(self, previous_kv):
+    would_copy = previous_kv is not None and y.shape[1] == 1 and _would_copy(self, previous_kv)
+    if would_copy or leaves_one_medium(self, y, visual_features.shape[1]):
         return own_forward(self)(
             y, media_locations, visual_features, previous_kv=previous_kv, output_kv=output_kv
         )

@@ -20,6 +20,7 @@ from flamingo_fast.patching.attention import (
     finish_block,
     layout_of,
     leave_unattended,
+    leaves_one_medium,
     opened_gates,
     project_both,
     project_media,
@@ -92,6 +93,8 @@ def attention(
         media_locations: (B, L) bool; None: all attend to all media.
         attend_previous: False: to the image that follows.
     """
+    if leaves_one_medium(self, x, media.shape[1]):
+        return own_forward(self)(x, media, media_locations, attend_previous)
     layout = _layout(self, x, media, media_locations, attend_previous)
     if layout is None:
         tell_once(self, "media or their locations of an unusual shape or dtype")
