@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flamingo_fast import modules
-from flamingo_fast.patching import PatchReport, PatchWarning, patch, unpatch
+from flamingo_fast.patching import PatchReport, PatchWarning, parts, patch, unpatch
 from flamingo_fast.patching.state import is_patched, state_of
 from flamingo_fast.testing import peers
 
@@ -121,7 +121,9 @@ def test_whole_model(family: str, immediate: bool, dtype: torch.dtype, training:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_whole_model_of_middle_size(dtype: torch.dtype) -> None:
+def test_whole_model_of_middle_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fused gated residuals of larger ones."""
+    monkeypatch.setattr(parts, "_FEW_IN_TRAINING", 0)
     patch_cases.check_parity(_model("llama", dim=256, depth=2), _call, dtype)
 
 

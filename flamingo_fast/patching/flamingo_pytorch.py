@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flamingo_fast.patching import open_flamingo
+from flamingo_fast.patching.attention import refuses_block
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import own_forward, tell_once
 
@@ -93,7 +94,7 @@ RULES: tuple[Rule, ...] = (
         matches=lambda module: open_flamingo.is_block(module) and _is_of_it(module),
         forward=block,
         known={"9a7106a9a0e24626": _VERSION},
-        refuses=open_flamingo.refuses_block,
+        refuses=refuses_block,
         probes=_block_probes,
     ),
     Rule(

@@ -18,11 +18,15 @@ from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.modules.resampler import attend_to_medium, project_for_layers
 from flamingo_fast.patching.attention import (
     attend,
+    attend_together,
     finish_block,
+    is_16_bits_on_cpu,
     leave_unattended,
     opened_gates,
     project_both,
     project_media,
+    refuses_block,
+    trains_16_bits_on_cpu,
 )
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.rules import Call, Rule, has, takes
@@ -180,29 +184,30 @@ def perceiver_attention(
         media_kv: (B, N, S, 2 * heads * D), keys and values of x made elsewhere.
     """
     outer = x.shape[:-2]
-    if media_kv is None and (x.dim() != 4 or latents.shape[:-2] != outer):
+    if media_kv is None and (
+        x.dim() != 4 or latents.shape[:-2] != outer or trains_16_bits_on_cpu(x)
+    ):
         return own_forward(self)(x, latents)
     normed = self.norm_latents(latents)
-    if media_kv is None:
-        media_kv, latents_kv = project_both(self.to_kv, self.norm_media(x), normed)
+    q = self.to_q(normed)
+    if media_kv is None and x.device.type == "cpu":
+        k, v = self.to_kv(torch.cat((self.norm_media(x), normed), -2)).chunk(2, -1)
+        attended = attend_together(self, q, k, v)
     else:
-        latents_kv = self.to_kv(normed)
-    attended = attend_to_medium(
-        self.to_q(normed),
-        media_kv,
-        latents_kv,
-        outer,
-        self.heads,
-        self.heads,
-        softmax_scale=self.scale,
-    )
+        if media_kv is None:
+            kv = project_both(self.to_kv, self.norm_media(x), normed)
+        else:
+            kv = media_kv, self.to_kv(normed)
+        attended = attend_to_medium(q, *kv, outer, self.heads, self.heads, softmax_scale=self.scale)
     return self.to_out(attended.unflatten(0, outer))
 
 
 def resample(self: Any, x: torch.Tensor) -> torch.Tensor:
     """(B, N, R, dim) of features x (B, N, S, dim), embeddings and all."""
     attentions = [attn for attn, _ in self.layers]
-    media_kv = project_for_layers(attentions, x)
+    # In 16 bits a CPU takes longer for two products than it saves by one norm for all layers.
+    share = False if is_16_bits_on_cpu(x) else None
+    media_kv = project_for_layers(attentions, x, share=share)
     first = attentions[0]
     # Of all media the first layer's latents are the same.
     are_shared = media_kv[0] is not None and is_plain(first.to_q) and not has_hooks(first)
@@ -232,13 +237,6 @@ def attention_notes(module: nn.Module, options: Options) -> Sequence[str]:
     if options.unattended is not None:
         return ()
     return (ATTENTION_NOTES[bool(module.only_attend_immediate_media)],)
-
-
-def refuses_block(module: nn.Module, options: Options, will_patch: Any) -> str | None:
-    """There is nothing to do without the gated residuals, unless some tokens are left alone."""
-    if options.gated_residual or options.unattended == "zero_block":
-        return None
-    return "gated_residual=False"
 
 
 def refuses_resampler(module: Any, options: Options, will_patch: Any) -> str | None:

@@ -100,7 +100,7 @@ def _is_watched(tanh: nn.Module | None) -> bool:
 
 
 # Elements; of fewer, fused operations take longer to call than to run: 33 us a gated layer.
-_FEW = 1 << 16
+_FEW, _FEW_IN_TRAINING = 1 << 16, 1 << 19
 
 
 def are_few(x: torch.Tensor, few: int = _FEW) -> bool:
@@ -113,8 +113,14 @@ def are_few(x: torch.Tensor, few: int = _FEW) -> bool:
     )
 
 
+def _are_few_in_training(x: torch.Tensor) -> bool:
+    """On a CPU, whose fused backward is of several calls too."""
+    is_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_on_cpu and torch.is_grad_enabled() and x.numel() <= _FEW_IN_TRAINING
+
+
 def _can_fuse(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> bool:
-    if are_few(x):
+    if are_few(x) or _are_few_in_training(x):
         return False
     promoted = torch.promote_types(torch.promote_types(x.dtype, y.dtype), gate.dtype)
     return (
