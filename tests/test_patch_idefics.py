@@ -419,6 +419,17 @@ def test_hooks_on_the_attention_are_called() -> None:
     assert len(calls) == 2
 
 
+def test_layer_that_was_unpatched_gets_its_mask() -> None:
+    model = make_model()
+    call = make_call(make_inputs())
+    before, _ = call(model)
+    flamingo_fast.patch(model)
+    flamingo_fast.unpatch(model.model.gated_cross_attn_layers[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PatchWarning)
+        close(call(model)[0], before)
+
+
 def test_other_attention_falls_back() -> None:
     model = make_model()
     inputs = make_inputs()

@@ -9,7 +9,7 @@ forward a mask of one token, since of that one it makes B * T * N * R numbers.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,7 +146,8 @@ def _attend(
     by_head = (attention.num_heads, attention.head_dim)
     q = attention.q_proj(normed).unflatten(-1, by_head)
     kept = current() if images.keep_kv else None
-    found = None if kept is None else kept.recall(self, features)
+    weights = () if kept is None else tuple(_weights_of_kv(attention))
+    found = None if kept is None else kept.recall(self, features, *weights)
     if found is None or found[0].dtype != q.dtype:
         by_image = (layout.max_media, features.shape[1] // layout.max_media)
         k, v = (
@@ -157,12 +158,19 @@ def _attend(
         k = attention.k_layer_norm(k).to(v.dtype) if attention.qk_layer_norms else k
         found = k, v
         if kept is not None:
-            kept.keep(self, features, found)
+            kept.keep(self, features, found, *weights)
     k, v = found
     if attention.qk_layer_norms:
         q = attention.q_layer_norm(q).to(v.dtype)
     attended = masked_cross_attention(q, k, v, layout, softmax_scale=attention.scaling)
     return attention.o_proj(attended.flatten(-2))
+
+
+def _weights_of_kv(attention: Any) -> Iterator[torch.Tensor]:
+    yield from attention.k_proj.parameters()
+    yield from attention.v_proj.parameters()
+    if attention.qk_layer_norms:
+        yield from attention.k_layer_norm.parameters()
 
 
 def forward_model(
@@ -228,7 +236,7 @@ def _falls_back(self: Any) -> bool:
         if attention.training and attention.dropout > 0:
             return True
         if not is_patched(layer, _LAYER) or has_hooks(attention) or is_wrapped(attention):
-            tell_once(self, "there are hooks on its cross-attention")
+            tell_once(self, "there are hooks on its cross-attention, or a layer is not patched")
             return True
     return False
 
