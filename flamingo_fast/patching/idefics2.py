@@ -3,7 +3,6 @@
 N images, P patches of each, R latents, H query heads, Hkv key/value heads, D head dim.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from flamingo_fast.ops.latent_attention import latent_attention
 from flamingo_fast.patching.attention import project_both
 from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
-from flamingo_fast.patching.rules import Call, Rule, has
+from flamingo_fast.patching.rules import Call, Rule, functions_beside, has, is_a
 from flamingo_fast.patching.state import is_patched, own_forward, tell_once
 from flamingo_fast.patching.transformers_hooks import ATTENTION
 
@@ -128,25 +127,20 @@ def _valid_first(
 
 
 def _is_perceiver_attention(module: nn.Module) -> bool:
-    return _is_a(module, "Idefics2PerceiverAttention") and has(
+    return is_a(module, "Idefics2PerceiverAttention") and has(
         module, ("q_proj", "k_proj", "v_proj", "o_proj")
     )
 
 
 def _is_perceiver(module: nn.Module) -> bool:
-    return _is_a(module, "Idefics2PerceiverResampler") and has(
+    return is_a(module, "Idefics2PerceiverResampler") and has(
         module, ("layers", "norm"), ("latents",)
     )
 
 
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(cls.__name__ == name for cls in type(module).__mro__)
-
-
 def _attention_code(attn: nn.Module) -> Sequence[Callable[..., Any]]:
-    names = inspect.unwrap(type(attn).forward).__globals__
-    eager = (names.get("eager_attention_forward"), names.get("repeat_kv"))
-    return type(attn).forward, *(each for each in eager if each is not None)
+    forward = type(attn).forward
+    return forward, *functions_beside(forward, "eager_attention_forward", "repeat_kv")
 
 
 def _perceiver_code(perceiver: nn.Module) -> Sequence[Callable[..., Any]]:

@@ -5,7 +5,6 @@ head dim. The model's mask of tiles, (B, L, N, tiles), stays as it is: the dense
 of it for its cross-attention layers, (B, 1, L, N * tiles * R), is never made.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
-from flamingo_fast.patching.rules import Rule, has
+from flamingo_fast.patching.rules import Rule, functions_beside, has, is_a
 from flamingo_fast.patching.state import is_patched, options_of, own_forward, tell_once
 from flamingo_fast.patching.transformers_hooks import ATTENTION
 
@@ -305,23 +304,18 @@ def vision_layer_forward(
     return add_gated(residual, self.mlp(normed), self.gate_ffn, options)
 
 
-def _is(module: nn.Module, class_name: str) -> bool:
-    return any(cls.__name__ == class_name for cls in type(module).__mro__)
-
-
 def _own_code(*names: str) -> Callable[[nn.Module], Sequence[Callable[..., Any]]]:
     """A module's own forward, and functions of its file."""
 
     def code(module: nn.Module) -> Sequence[Callable[..., Any]]:
         forward = type(module).forward
-        of_file = inspect.unwrap(forward).__globals__
-        return (forward, *(of_file[name] for name in names if name in of_file))
+        return (forward, *functions_beside(forward, *names))
 
     return code
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
-    return _is(module, "MllamaTextCrossAttention") and has(
+    return is_a(module, "MllamaTextCrossAttention") and has(
         module, ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     )
 
@@ -335,11 +329,11 @@ def _is_cross_layer(module: nn.Module) -> bool:
 
 
 def _is_text_model(module: nn.Module) -> bool:
-    return _is(module, "MllamaTextModel") and has(module, ("layers", "rotary_emb"))
+    return is_a(module, "MllamaTextModel") and has(module, ("layers", "rotary_emb"))
 
 
 def _is_model(module: nn.Module) -> bool:
-    return _is(module, "MllamaModel") and has(module, ("vision_model", "language_model"))
+    return is_a(module, "MllamaModel") and has(module, ("vision_model", "language_model"))
 
 
 def _is_gated_vision_layer(module: nn.Module) -> bool:

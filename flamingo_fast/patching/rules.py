@@ -57,10 +57,6 @@ class Rule:
         if unknown := set(self.features) - set(FEATURES):
             raise ValueError(f"features: expected some of {FEATURES}, got {sorted(unknown)}")
 
-    @property
-    def family(self) -> str:
-        return self.name.partition(".")[0]
-
 
 _rules: dict[str, Rule] = {}
 
@@ -86,11 +82,6 @@ def unregister(name: str) -> None:
     del _rules[name]
 
 
-def registered() -> tuple[Rule, ...]:
-    """All rules, in the order in which they are asked."""
-    return tuple(_rules.values())
-
-
 def rule_of(module: nn.Module) -> Rule | None:
     """The first that matches."""
     return next((rule for rule in _rules.values() if rule.matches(module)), None)
@@ -101,6 +92,17 @@ def has(module: nn.Module, modules: Sequence[str] = (), tensors: Sequence[str] =
     return all(isinstance(getattr(module, name, None), nn.Module) for name in modules) and all(
         name in module._parameters or name in module._buffers for name in tensors
     )
+
+
+def is_a(module: nn.Module, class_name: str) -> bool:
+    """Whether its class, or one that this inherits from, has this name."""
+    return any(cls.__name__ == class_name for cls in type(module).__mro__)
+
+
+def functions_beside(forward: Callable[..., Any], *names: str) -> tuple[Callable[..., Any], ...]:
+    """Functions of these names in the forward's own file, as far as there are any."""
+    of_file = getattr(inspect.unwrap(forward), "__globals__", {})
+    return tuple(of_file[name] for name in names if name in of_file)
 
 
 def takes(module: nn.Module, *names: str) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from flamingo_fast.patching.engine import patch
 from flamingo_fast.patching.report import PatchReport
+from flamingo_fast.patching.rules import is_a
 
 # The name of our attention function.
 ATTENTION = "flamingo_fast"
@@ -156,6 +157,5 @@ def attention(
 
 
 def _attends_to_media(module: nn.Module) -> bool:
-    return getattr(module, "is_cross_attention", False) is True or any(
-        cls.__name__ == "MllamaTextCrossAttention" for cls in type(module).__mro__
-    )
+    is_idefics = getattr(module, "is_cross_attention", False) is True
+    return is_idefics or is_a(module, "MllamaTextCrossAttention")
