@@ -431,7 +431,12 @@ PEERS: Mapping[str, Peer] = {
             _flamingo_pytorch,
             _flamingo_pytorch_inputs,
             _few_latents,
-            (_PREFILL, _SHORT, _TRAIN),
+            # Its resampler has embeddings of four images' places.
+            (
+                Case("prefill_4", "prefill", 1, 2048, 4),
+                _SHORT,
+                Case("train", "train", 4, 256, 4),
+            ),
             forward=_flamingo_pytorch_forward,
             loss=_flamingo_pytorch_loss,
         ),
