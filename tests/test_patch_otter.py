@@ -256,7 +256,7 @@ def test_resampler(frames: int) -> None:
 
 def test_decoding_projects_media_once() -> None:
     """And sees none of them, as Otter: no image token is among the new ids."""
-    model = open_gates(Block())
+    model = open_gates(Block()).eval()
     x, media, locations = inputs(model, LOCATIONS[0])
     media = media.detach()
     before = [model(x, media, locations), model(x[:, :1], media, locations[:, :1])]

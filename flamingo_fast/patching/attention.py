@@ -105,8 +105,7 @@ def project_media(
     state = state_of(self)
     assert state is not None
     remembered = None
-    # What LoRA and hooks did may be different in the next call.
-    if remember_for and state.options.media_kv_cache and may_remember() and is_plain(to_kv):
+    if remember_for and state.options.media_kv_cache and _may_keep(self):
         remembered = state.memory.setdefault("media_kv", Remembered())
         found = remembered.recall(media, *to_kv.parameters())
         if found is not None and found[0].dtype == remember_for:
@@ -117,6 +116,20 @@ def project_media(
     if remembered is not None:
         remembered.keep(found, media, *to_kv.parameters())
     return found
+
+
+def _may_keep(self: nn.Module) -> bool:
+    """Whether `to_kv` does the same in the next call, as long as its parameters are the same."""
+    to_kv: Any = self.to_kv
+    return (
+        may_remember()
+        # A checkpoint's first forward is without gradients, too, and keeps nothing.
+        and not self.training
+        # What LoRA and hooks did may be different.
+        and is_plain(to_kv)
+        # FSDP writes whole weights to the same memory, and doesn't count it as a change.
+        and not getattr(to_kv, "_is_fsdp_managed_module", False)
+    )
 
 
 def project_both(

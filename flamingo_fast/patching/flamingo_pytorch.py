@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flamingo_fast.patching import open_flamingo
-from flamingo_fast.patching.attention import refuses_block
+from flamingo_fast.patching.attention import leaves_one_medium, refuses_block
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import own_forward, tell_once
 
@@ -35,6 +35,8 @@ def attention(
 
     Without media_locations all attend to all media.
     """
+    if leaves_one_medium(self, x, media.shape[1]):
+        return own_forward(self)(x, media, media_locations)
     layout = open_flamingo.layout_of(self, self, x, media, media_locations)
     if layout is None:
         tell_once(self, open_flamingo.BROADCASTS)

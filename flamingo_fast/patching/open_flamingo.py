@@ -22,6 +22,7 @@ from flamingo_fast.patching.attention import (
     finish_block,
     is_16_bits_on_cpu,
     leave_unattended,
+    leaves_one_medium,
     opened_gates,
     project_both,
     project_media,
@@ -132,6 +133,8 @@ def attention(
     use_cached_media: bool = False,
 ) -> torch.Tensor:
     """(B, L, dim) of text x (B, L, dim), media (B, N, R, dim_visual) and their places (B, L)."""
+    if leaves_one_medium(self, x, media.shape[1]):
+        return own_forward(self)(x, media, media_locations, use_cached_media)
     layout = None
     # Without media_locations it takes none but cached media.
     if media_locations is not None or use_cached_media:
