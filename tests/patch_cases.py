@@ -145,11 +145,12 @@ def check_generation(
     return report
 
 
-def check_saved_and_copied(model: nn.Module, call: Call) -> None:
+def check_saved_and_copied(model: nn.Module, call: Call, **options: Any) -> None:
     """A patched model's state dict, its copy and its pickle are those of the model."""
     model.eval()
     plain = copy.deepcopy(model)
-    patch(model)
+    report = patch(model, **options)
+    assert report.patched, str(report)
     with torch.no_grad():
         logits, _ = call(model)
         plain.load_state_dict(model.state_dict())

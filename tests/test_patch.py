@@ -48,6 +48,17 @@ class Edited(Doubles):
         return 3 * self.doubling * x
 
 
+class AnotherDefault(nn.Module):
+    """The same body; called without the argument, something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubling = nn.Parameter(torch.randn(4))
+
+    def forward(self, x=1):
+        return 2 * self.doubling * x
+
+
 class Rewritten(Doubles):
     def forward(self, x):
         return self.doubling * x + self.doubling * x
@@ -141,6 +152,12 @@ def test_other_code_is_left_alone_and_said() -> None:
     assert not report.patched and not is_patched(model[0])
     assert "none of those known (test 1)" in report.left[0].reason
     assert report.left[0].source.startswith("unknown (")
+
+
+def test_another_signature_is_left_alone() -> None:
+    module = AnotherDefault()
+    assert "none of those known" in flamingo_fast.patch(module).left[0].reason
+    assert torch.equal(module(), 2 * module.doubling)
 
 
 def test_probe_tells_what_other_code_does() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from patch_cases import check_parity, loss_of, open_gates
+from patch_cases import check_parity, check_saved_and_copied, loss_of, open_gates
 from torch import nn
 
 import flamingo_fast
@@ -333,3 +333,7 @@ def test_compiles() -> None:
     flamingo_fast.patch(model, unknown="probe")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(y, visual, locations)[0], before)
+
+
+def test_saved_and_copied() -> None:
+    check_saved_and_copied(open_gates(Block()), call_block(LOCATIONS[0]), unknown="probe")

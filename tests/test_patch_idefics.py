@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import flamingo_fast
 from flamingo_fast.patching import PatchWarning
 from flamingo_fast.patching.state import is_patched
+from flamingo_fast.testing.compare import assert_close_to_oracle
 
 pytest.importorskip("transformers")
 from transformers import DynamicCache, IdeficsConfig, IdeficsForVisionText2Text
@@ -181,7 +182,14 @@ def generate(**options: Any) -> Callable[[Any], torch.Tensor]:
 
 @pytest.mark.parametrize("variant", ["resampler", "features"])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beam", "uncached"]
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=["greedy", "beam", "uncached", "static"],
 )
 def test_generation(variant: str, options: dict) -> None:
     patch_cases.check_generation(make_model(**VARIANTS[variant]), generate(**options))
@@ -248,6 +256,23 @@ def test_new_images_in_mid_generation() -> None:
         close(decode(), before)
         with torch.inference_mode():
             close(decode(), inference)
+
+
+@torch.no_grad()
+def test_cached_decoding_in_bf16() -> None:
+    model = make_model().bfloat16()
+    inputs = make_inputs()
+    steps = [slice(0, 6), *(slice(token, token + 1) for token in range(6, 11))]
+
+    def decode(model: Any) -> dict[str, torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        pixels = inputs["pixel_values"].to(model.dtype)
+        of = [logits_of(model, inputs, cache, step, pixel_values=pixels) for step in steps]
+        return {"logits": torch.cat(of, 1)}
+
+    oracle, before = decode(copy.deepcopy(model).double()), decode(model)
+    flamingo_fast.patch(model)
+    assert_close_to_oracle(decode(model), before, oracle)
 
 
 @torch.no_grad()

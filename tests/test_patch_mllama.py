@@ -136,6 +136,14 @@ def test_parity(attention: str, training: bool, dtype: torch.dtype) -> None:
     assert {entry.rule for entry in report.patched} == {rule.name for rule in mllama.RULES}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_of_middle_size(dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 1}
+    # Sums over the width stay near 1.
+    model = make(**sizes, initializer_range=0.06)
+    assert not patch_cases.check_parity(model, call_with(inputs()), dtype).left
+
+
 def test_parity_under_autocast() -> None:
     model, plain = make().train(), call_with(inputs())
     oracle = patch_cases.outcomes(copy.deepcopy(model).double(), plain)

@@ -8,7 +8,6 @@ forward a mask of one token, since of that one it makes B * T * N * R numbers.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm, checkpointed
 from flamingo_fast.patching.remembered import may_remember
-from flamingo_fast.patching.rules import Rule, has
+from flamingo_fast.patching.rules import Rule, functions_beside, has, is_a
 from flamingo_fast.patching.state import (
     is_patched,
     is_wrapped,
@@ -249,12 +248,8 @@ def _layout_of(mask: torch.Tensor) -> MediaLayout:
     return MediaLayout.from_media_mask(mask, 1 if one else None)
 
 
-def _is_a(module: nn.Module, class_name: str) -> bool:
-    return any(cls.__name__ == class_name for cls in type(module).__mro__)
-
-
 def _matches_layer(module: nn.Module) -> bool:
-    return _is_a(module, "IdeficsGatedCrossAttentionLayer") and has(
+    return is_a(module, "IdeficsGatedCrossAttentionLayer") and has(
         module,
         modules=("cross_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
         tensors=("alpha_cross_attn", "alpha_dense"),
@@ -262,15 +257,14 @@ def _matches_layer(module: nn.Module) -> bool:
 
 
 def _matches_model(module: nn.Module) -> bool:
-    return _is_a(module, "IdeficsModel") and has(
+    return is_a(module, "IdeficsModel") and has(
         module, modules=("gated_cross_attn_layers", "layers")
     )
 
 
 def _code_of_layer(module: Any) -> Sequence[Callable[..., Any]]:
     attend = type(module.cross_attn).forward
-    eager = getattr(inspect.unwrap(attend), "__globals__", {}).get("eager_attention_forward")
-    return (type(module).forward, attend, *(() if eager is None else (eager,)))
+    return (type(module).forward, attend, *functions_beside(attend, "eager_attention_forward"))
 
 
 def _refuses_layer(

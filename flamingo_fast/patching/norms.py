@@ -9,7 +9,7 @@ from torch import nn
 
 from flamingo_fast.ops.norm import rms_norm
 from flamingo_fast.patching.parts import are_few, is_whole, rms_eps
-from flamingo_fast.patching.rules import Call, Rule, has
+from flamingo_fast.patching.rules import Call, Rule, has, is_a
 from flamingo_fast.patching.state import own_forward
 
 # Elements; of fewer, PyTorch's function takes less than the peers' operators and than the op.
@@ -39,7 +39,7 @@ def rms_norm_rule(family: str, class_name: str, known: Mapping[str, str]) -> Rul
 
     def matches(module: nn.Module) -> bool:
         return (
-            any(cls.__name__ == class_name for cls in type(module).__mro__)
+            is_a(module, class_name)
             and has(module, tensors=("weight",))
             and isinstance(getattr(module, "variance_epsilon", None), float)
         )
