@@ -12,23 +12,24 @@ from flamingo_fast.patching import patch
 from flamingo_fast.testing import peers
 
 DIM, VOCAB, IMAGE = 24, 20, 0
-SIZES = {"dim": DIM, "dim_head": 8, "heads": 3}
+SIZES: dict[str, Any] = {"dim": DIM, "dim_head": 8, "heads": 3}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 class Decoder(nn.Module):
     """A resampler, and gated blocks between layers that mix what came before."""
 
-    def __init__(self, immediate: bool) -> None:
+    def __init__(self, immediate: bool, dim: int = DIM) -> None:
         super().__init__()
+        sizes = SIZES | {"dim": dim}
         peer = peers.flamingo_pytorch()
-        self.embedding = nn.Embedding(VOCAB, DIM)
-        self.resampler = peer.PerceiverResampler(**SIZES, depth=2, num_latents=4)
+        self.embedding = nn.Embedding(VOCAB, dim)
+        self.resampler = peer.PerceiverResampler(**sizes, depth=2, num_latents=4)
         self.blocks = nn.ModuleList(
-            peer.GatedCrossAttentionBlock(**SIZES, only_attend_immediate_media=immediate)
+            peer.GatedCrossAttentionBlock(**sizes, only_attend_immediate_media=immediate)
             for _ in range(2)
         )
-        self.mixers = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
+        self.mixers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
 
     def forward(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         x, media = self.embedding(ids), self.resampler(features)
@@ -38,9 +39,9 @@ class Decoder(nn.Module):
         return x @ self.embedding.weight.mT
 
 
-def _decoder(immediate: bool) -> Any:
+def _decoder(immediate: bool, dim: int = DIM) -> Any:
     torch.manual_seed(0)
-    model = patch_cases.open_gates(Decoder(immediate))
+    model = patch_cases.open_gates(Decoder(immediate, dim))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, mean=float("weight" in name), std=0.3)
@@ -55,21 +56,34 @@ def _ids() -> torch.Tensor:
     return ids
 
 
+def _call_with(features: int) -> patch_cases.Call:
+    def call(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = model.embedding.weight
+        generator = torch.Generator().manual_seed(2)
+        inputs = torch.randn(4, 2, features, weight.shape[1], generator=generator)
+        logits = model(_ids(), inputs.to(weight.dtype))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), _ids().flatten())
+
+    return call
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("immediate", [True, False])
 @pytest.mark.parametrize("features", [5, 40])
 def test_decoder(immediate: bool, dtype: torch.dtype, features: int) -> None:
-    inputs = torch.randn(4, 2, features, DIM, generator=torch.Generator().manual_seed(2))
-
-    def call(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = model(_ids(), inputs.to(model.embedding.weight.dtype))
-        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), _ids().flatten())
-
-    report = patch_cases.check_parity(_decoder(immediate), call, dtype)
+    report = patch_cases.check_parity(_decoder(immediate), _call_with(features), dtype)
     assert not report.left and {entry.source for entry in report.patched} == {
         "flamingo-pytorch 0.1.2"
     }
     assert ["first image" in note for note in report.notes()] == [not immediate]
+
+
+def test_decoder_of_middle_size_in_training_mode() -> None:
+    patch_cases.check_parity(_decoder(True, dim=256).train(), _call_with(5))
+
+
+def test_saved_and_copied() -> None:
+    patch_cases.check_saved_and_copied(_decoder(True), _call_with(5))
 
 
 def test_without_places_all_text_attends_to_all_media() -> None:

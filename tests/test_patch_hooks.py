@@ -83,6 +83,16 @@ def test_loads_patched(name: str, tmp_path) -> None:
     assert torch.equal(forward(loaded, name).logits, forward(model, name).logits)
 
 
+def test_saved_patched_and_loaded(name: str, tmp_path) -> None:
+    model = make(name)
+    before = forward(model, name).logits
+    flamingo_fast.patch(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not any(map(state.is_patched, loaded.modules()))
+    assert torch.equal(forward(loaded, name).logits, before)
+
+
 @needs_hook
 def test_made_of_a_config_with_options() -> None:
     """New weights are as ever."""

@@ -28,9 +28,11 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-def config(heads: int = 4, kv_heads: int = 2, head_dim: int = 12, dropout: float = 0.0) -> object:
+def config(
+    heads: int = 4, kv_heads: int = 2, head_dim: int = 12, dropout: float = 0.0, width: int = WIDTH
+) -> object:
     return configuration_idefics2.Idefics2PerceiverConfig(
-        hidden_size=WIDTH,
+        hidden_size=width,
         resampler_n_latents=LATENTS,
         resampler_depth=2,
         resampler_n_heads=heads,
@@ -75,11 +77,11 @@ def call_with(mask: torch.Tensor) -> patch_cases.Call:
 class WithFeatures(nn.Module):
     """The features are a parameter, so that their gradient is looked at too."""
 
-    def __init__(self, resampler: nn.Module) -> None:
+    def __init__(self, resampler: nn.Module, width: int = WIDTH) -> None:
         super().__init__()
         self.perceiver = resampler
         generator = torch.Generator().manual_seed(2)
-        self.features = nn.Parameter(torch.randn(3, 20, WIDTH, generator=generator))
+        self.features = nn.Parameter(torch.randn(3, 20, width, generator=generator))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -98,6 +100,12 @@ def test_parity(attention: str, dtype: torch.dtype, mask: str) -> None:
 def test_parity_of_other_heads(heads: int, kv_heads: int, head_dim: int) -> None:
     model = WithFeatures(perceiver(heads=heads, kv_heads=kv_heads, head_dim=head_dim))
     patch_cases.check_parity(model, call_with(MASKS["columns padded"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_parity_of_middle_size(dtype: torch.dtype) -> None:
+    model = perceiver(width=256, heads=8, kv_heads=2, head_dim=48)
+    patch_cases.check_parity(WithFeatures(model, 256), call_with(MASKS["columns padded"]), dtype)
 
 
 @pytest.mark.parametrize("off", ["resampler", "norm"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from patch_cases import check_parity, loss_of, open_gates
+from patch_cases import check_parity, check_saved_and_copied, loss_of, open_gates
 from torch import nn
 
 import flamingo_fast
@@ -336,3 +336,7 @@ def test_broadcast_media_take_its_own_forward() -> None:
     flamingo_fast.patch(model, unknown="probe")
     with pytest.warns(PatchWarning, match="unusual shape"):
         assert torch.equal(model(x, media[:1], locations), before)
+
+
+def test_saved_and_copied() -> None:
+    check_saved_and_copied(open_gates(Block()), call_block(LOCATIONS[0], True), unknown="probe")
