@@ -14,8 +14,8 @@ from torch import nn
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.modules.resampler import attend_to_medium
+from flamingo_fast.patching import open_flamingo
 from flamingo_fast.patching.attention import (
-    attend,
     attend_together,
     finish_block,
     layout_of,
@@ -23,7 +23,6 @@ from flamingo_fast.patching.attention import (
     leaves_one_medium,
     opened_gates,
     project_both,
-    project_media,
     refuses_block,
     trains_16_bits_on_cpu,
 )
@@ -33,10 +32,8 @@ from flamingo_fast.patching.state import options_of, own_forward, tell_once
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return (
-        has(module, modules=("norm", "to_q", "to_kv", "to_out"))
-        and all(hasattr(module, name) for name in ("heads", "scale", "only_attend_immediate_media"))
-        and takes(module, "x", "media", "media_locations", "attend_previous")
+    return open_flamingo.is_attention(module) and takes(
+        module, "x", "media", "media_locations", "attend_previous"
     )
 
 
@@ -99,10 +96,7 @@ def attention(
     if layout is None:
         tell_once(self, "media or their locations of an unusual shape or dtype")
         return own_forward(self)(x, media, media_locations, attend_previous)
-    q = self.to_q(self.norm(x))
-    media_kv = project_media(self, media, remember_for=q.dtype)
-    unattended = "zero" if self.only_attend_immediate_media else "uniform"
-    return self.to_out(attend(self, q, media_kv, layout, unattended))
+    return open_flamingo.attend_to_media(self, x, media, layout)
 
 
 def block(
