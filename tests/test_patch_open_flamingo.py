@@ -270,6 +270,62 @@ def test_what_is_kept_follows_weights_and_media() -> None:
             assert module(x, media, locations).dtype == plain(x, media, locations).dtype
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_media_that_change_uncounted_are_noticed(mode: Any) -> None:
+    module = _attention()
+    plain = copy.deepcopy(module)
+    patch(module)
+    x, _, locations = _inputs()
+    with mode():
+        media = torch.randn(_inputs()[1].shape)
+        for change in (
+            lambda: media.data.mul_(-1),
+            lambda: media.numpy()[:1].fill(2),
+            lambda: media[-1:, :1].data.add_(1),
+        ):
+            module(x, media, locations)
+            change()
+            torch.testing.assert_close(module(x, media, locations), plain(x, media, locations))
+
+
+class _Gated(nn.Module):
+    def __init__(self, ff: nn.Module) -> None:
+        super().__init__()
+        self.ff = ff
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ff(x).sigmoid() * x
+
+
+@pytest.mark.parametrize("make", [_Gated, lambda ff: nn.Sequential(), lambda ff: ff[1]])
+def test_feed_forward_of_any_class(make: Any) -> None:
+    torch.manual_seed(0)
+    block = _block_of(peers.open_flamingo())
+    block.ff = make(block.ff)
+    block.attn_gate.data.fill_(0.5)
+    block.ff_gate.data.fill_(0.5)
+    _, media, locations = _inputs()
+    x = torch.randn(*locations.shape, 20)
+    if type(block.ff) is nn.Linear:
+        block.ff = nn.Linear(20, 20)
+    before = block(x, media, locations)
+    patch(block)
+    torch.testing.assert_close(block(x, media, locations), before)
+
+
+def test_nothing_is_kept_by_a_checkpoint_or_of_sharded_weights() -> None:
+    module = _attention()
+    patch(module)
+    x, media, locations = _inputs()
+    media.requires_grad_()
+    checkpoint = torch.utils.checkpoint.checkpoint
+    checkpoint(module.train(), x, media, locations, use_reentrant=True).sum().backward()
+    module.eval().to_kv._is_fsdp_managed_module = True
+    with torch.no_grad():
+        module(x, media, locations)
+    assert not state_of(module).memory
+
+
 def test_hooks_of_projections_see_each_call() -> None:
     module = _attention()
     shapes = []

@@ -20,11 +20,12 @@ def forward(self: nn.Module, context: torch.Tensor) -> torch.Tensor:
     """context (B, S, W) to (B, R, W)."""
     options = options_of(self)
     kept = current() if options.media_kv_cache and not self.training else None
-    if kept is not None and (found := kept.recall(self, context)) is not None:
+    weights = () if kept is None else tuple(self.parameters())
+    if kept is not None and (found := kept.recall(self, context, *weights)) is not None:
         return found
     resampled = _resample(self, context) if options.resampler else own_forward(self)(context)
     if kept is not None:
-        kept.keep(self, context, resampled)
+        kept.keep(self, context, resampled, *weights)
     return resampled
 
 

@@ -7,13 +7,18 @@ given, and goes with that.
 import contextlib
 import contextvars
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from flamingo_fast.patching.remembered import may_remember
+from flamingo_fast.patching.remembered import (
+    is_like_sample,
+    may_remember,
+    sample_of,
+    versions,
+)
 
 
 class Kept:
@@ -24,19 +29,29 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self._results: dict[nn.Module, tuple[torch.Tensor, tuple[Any, ...], Any]] = {}
+        self._results: dict[nn.Module, _Result] = {}
 
-    def recall(self, module: nn.Module, media: torch.Tensor) -> Any:
-        """What was kept for this module and these media, unchanged since; or None."""
+    def recall(self, module: nn.Module, media: torch.Tensor, *weights: torch.Tensor) -> Any:
+        """What was kept for this module, these media and weights, unchanged since; or None."""
         found = self._results.get(module)
         if found is None or type(media) is not torch.Tensor:
             return None
-        return found[2] if found[1] == _memory(media) else None
+        is_same = found.key == _key(media, weights) and is_like_sample(media, found.sample)
+        return found.value if is_same else None
 
-    def keep(self, module: nn.Module, media: torch.Tensor, result: Any) -> None:
+    def keep(
+        self, module: nn.Module, media: torch.Tensor, value: Any, *weights: torch.Tensor
+    ) -> None:
         """In place of what was kept for this module."""
         if type(media) is torch.Tensor:
-            self._results[module] = media, _memory(media), result
+            self._results[module] = _Result(media, _key(media, weights), sample_of(media), value)
+
+
+class _Result(NamedTuple):
+    media: torch.Tensor
+    key: tuple[Any, ...]
+    sample: torch.Tensor | None
+    value: Any
 
 
 _current: contextvars.ContextVar[Kept | None] = contextvars.ContextVar("kept", default=None)
@@ -68,8 +83,5 @@ def generation(memory: dict[str, Any], cache: object) -> Iterator[None]:
         _current.reset(token)
 
 
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    # What was made in inference mode counts no versions.
-    version = None if tensor.is_inference() else tensor._version
-    layout = tuple(tensor.shape), tensor.stride()
-    return tensor.data_ptr(), tensor.device, tensor.dtype, *layout, version
+def _key(media: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    return media.device, tuple(media.shape), media.stride(), *versions(media, *weights)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from flamingo_fast.layout import values_are_at_hand
+
 
 class Remembered:
     """The last result for one tensor, until that changes or nobody has it any more.
@@ -15,13 +17,16 @@ class Remembered:
     def __init__(self) -> None:
         self._source: weakref.ref[torch.Tensor] | None = None
         self._key: tuple[Any, ...] = ()
+        self._sample: torch.Tensor | None = None
         self._value: Any = None
 
     def recall(self, source: torch.Tensor, *also: torch.Tensor) -> Any:
         """What was kept for this very tensor and these others, or None."""
         if self._source is None or self._source() is not source or _is_captured(source):
             return None
-        return self._value if self._key == _versions(source, *also) else None
+        if self._key != versions(source, *also) or not is_like_sample(source, self._sample):
+            return None
+        return self._value
 
     def keep(self, value: Any, source: torch.Tensor, *also: torch.Tensor) -> None:
         """Until `source` dies; `also` are what else the value was made of, such as weights."""
@@ -30,7 +35,8 @@ class Remembered:
         # Not a method of self, which would keep self and the value until a garbage collection.
         me = weakref.ref(self)
         self._source = weakref.ref(source, lambda dead: _forget(me(), dead))
-        self._key, self._value = _versions(source, *also), value
+        self._key, self._value = versions(source, *also), value
+        self._sample = sample_of(source)
 
 
 def _forget(remembered: Remembered | None, source: Any) -> None:
@@ -48,9 +54,23 @@ def may_remember() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _versions(*tensors: torch.Tensor) -> tuple[Any, ...]:
-    # What was made in inference mode counts no versions; there nothing writes to it by itself.
+def versions(*tensors: torch.Tensor) -> tuple[Any, ...]:
+    """What is another once PyTorch has written to one of them, or one has other memory."""
+    # What was made in inference mode counts no versions.
     return tuple(
         (each.data_ptr(), each.dtype, None if each.is_inference() else each._version)
         for each in tensors
     )
+
+
+def sample_of(media: torch.Tensor) -> torch.Tensor | None:
+    """A value of each token of media (..., width); None: they can't be read without waiting.
+
+    Writes in inference mode, through NumPy or to `.data` count as no version.
+    """
+    return media[..., 0].clone() if values_are_at_hand(media) else None
+
+
+def is_like_sample(media: torch.Tensor, sample: torch.Tensor | None) -> bool:
+    """Whether media have the values that they had in `sample_of`."""
+    return sample is None or torch.equal(media[..., 0], sample)
