@@ -381,8 +381,8 @@ RULES: tuple[Rule, ...] = (
         features=("cross_attention",),
         matches=_is_cross_attention,
         forward=cross_attention_forward,
-        known={"501a209c7f933700": _NEW, "1cf73493b5d2ccf6": _OLD},
-        code=_own_code("eager_attention_forward"),
+        known={"71de840163a3e782": _NEW, "a72bc54afe6431c7": _OLD},
+        code=_own_code("eager_attention_forward", "repeat_kv"),
         notes=_attention_notes,
     ),
     Rule(
