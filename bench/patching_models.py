@@ -20,7 +20,8 @@ class Sizes:
     """Of all models alike: a language model of this width and depth, and a small vision encoder.
 
     Attributes:
-        vision, vision_layers: width and depth of the vision encoder, and of images' features.
+        vision, vision_layers: width and depth of the vision encoder.
+        features: width of OpenFlamingo's images' features, that of its published models' encoder.
         image: pixels of an image's side, of 14 to a patch.
         tile, large_tile: the same of a tile of Mllama's, of 4 to an image.
         resampler: depth of resamplers, where it can be chosen.
@@ -34,6 +35,7 @@ class Sizes:
     vocab: int = 32000
     vision: int = 512
     vision_layers: int = 2
+    features: int = 1024
     image: int = 112
     tile: int = 280
     large_tile: int = 560
@@ -170,10 +172,10 @@ def _open_flamingo(sizes: Sizes) -> nn.Module:
         eos_token_id=_EOS,
     )
     return peers.open_flamingo_model(
-        _Patches(sizes.vision, pooled=True),
+        _Patches(sizes.features, pooled=True),
         AutoModelForCausalLM.from_config(config),
         "model.layers",
-        vis_dim=sizes.vision,
+        vis_dim=sizes.features,
         eoc_token_id=sizes.eoc_id,
         media_token_id=sizes.image_id,
     )
@@ -378,6 +380,10 @@ def _few_latents(sizes: Sizes) -> str:
     return f"{_common(sizes)}; {_patches(sizes.image)} features an image, by one convolution"
 
 
+def _open_flamingo_about(sizes: Sizes) -> str:
+    return f"{_few_latents(sizes)}, {sizes.features} wide"
+
+
 def _idefics_about(sizes: Sizes) -> str:
     return (
         f"{_common(sizes)}; vision encoder {sizes.vision} wide, {sizes.vision_layers} layers, "
@@ -423,7 +429,7 @@ PEERS: Mapping[str, Peer] = {
             "open_flamingo",
             _open_flamingo,
             _open_flamingo_inputs,
-            _few_latents,
+            _open_flamingo_about,
             _MODEL,
         ),
         Peer(

@@ -22,6 +22,7 @@ TINY = Sizes(
     intermediate=48,
     vocab=64,
     vision=32,
+    features=32,
     vision_layers=1,
     image=28,
     tile=28,
