@@ -100,7 +100,7 @@ def check(
     for name, tensor in oracle.items():
         if found["out"].is_cuda or found[name].dtype == torch.float32:
             # Each shape of a product has another order of its terms, on each kind of machine.
-            scales.setdefault(name, 2 * tensor.abs().max().item())
+            scales.setdefault(name, 4 * tensor.abs().max().item())
         if tensor.dim() == 1 and tensor.numel() > 1:
             scales[name] = 4 * tensor.abs().max().item()
     comparisons = [
