@@ -21,8 +21,9 @@ DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Rounding depends on it, and on two cores two workers have one each.
+THREADS = 1
+torch.set_num_threads(THREADS)
 
 # How the reason starts of a test that skips for want of an optional apt package.
 _NEEDS_APT = "needs apt package"
@@ -38,6 +39,14 @@ def interpreter_bf16() -> Iterator[None]:
 
     with correct_bf16():
         yield
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Benchmarks take all cores, and leave it so."""
+    yield
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

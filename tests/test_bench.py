@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,6 @@ def small_shape(op: Benchmark) -> tuple[int, ...]:
         7: (3, 6, 20, 4, 2, 16, 9),
         8: (2, 300, 3, 4, 2, 16, 2, 8),
     }[len(op.dims)]
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def bench(*args: str) -> Result:
