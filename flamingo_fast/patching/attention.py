@@ -227,3 +227,14 @@ def opened_gates(module: nn.Module, *names: str) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(kept)
+
+
+def probe_inputs(
+    attn: Any, num_media: int, tokens_per_medium: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Text (2, 7, dim), so many media, and image tokens: late, side by side, more in one row."""
+    weight = attn.to_kv.weight
+    x = torch.randn(2, 7, attn.to_q.in_features).to(weight)
+    media = torch.randn(2, num_media, tokens_per_medium, weight.shape[1]).to(weight)
+    locations = torch.tensor([[0, 1, 0, 1, 1, 0, 0], [0] * 4 + [1, 0, 0]], dtype=torch.bool)
+    return x, media, locations.to(x.device)

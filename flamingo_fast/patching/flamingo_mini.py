@@ -24,6 +24,7 @@ from flamingo_fast.patching.attention import (
     leave_unattended,
     leaves_one_medium,
     opened_gates,
+    probe_inputs,
     project_both,
     project_media,
     refuses_block,
@@ -186,21 +187,10 @@ def perceiver_attention(self: Any, features: torch.Tensor, latents: torch.Tensor
     return self.to_out(attended.flatten(-2))
 
 
-def _tensors(module: Any, attn: Any, media: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (2, 7, dim) and so many media."""
-    weight = attn.to_kv.weight
-    y = torch.randn(2, 7, attn.to_q.in_features).to(weight)
-    return y, torch.randn(2, media, attn.n_visual, weight.shape[1]).to(weight)
-
-
-_LOCATIONS = torch.tensor([[0, 1, 0, 1, 1, 0, 0], [0] * 4 + [1, 0, 0]], dtype=torch.bool)
-
-
 def _attention_probes(module: Any) -> Iterator[Call]:
     # As many media as image tokens, fewer, and more.
     for media in (3, 2, 4):
-        y, visual = _tensors(module, module, media)
-        locations = _LOCATIONS.to(y.device)
+        y, visual, locations = probe_inputs(module, media, module.n_visual)
         yield (y, locations, visual), {"output_kv": True}
         kv = torch.randn(2, 2, module.heads, media * module.n_visual, module.to_q.out_features)
         k, v = kv[..., : module.to_q.out_features // module.heads].to(y)
@@ -210,8 +200,8 @@ def _attention_probes(module: Any) -> Iterator[Call]:
 
 def _block_probes(module: Any) -> Iterator[Call]:
     with opened_gates(module, "alpha_attn", "alpha_ffw"):
-        y, visual = _tensors(module, module.attn, 3)
-        yield (y, visual, _LOCATIONS.to(y.device)), {"output_kv": True}
+        y, visual, locations = probe_inputs(module.attn, 3, module.attn.n_visual)
+        yield (y, visual, locations), {"output_kv": True}
 
 
 def _perceiver_probes(module: Any) -> Iterator[Call]:

@@ -287,6 +287,7 @@ def _resampler_probes(module: Any) -> Iterator[Call]:
 
 
 def code_of_resampler(module: Any) -> Sequence[Any]:
+    """Its own forward and its attentions'."""
     return type(module).forward, type(module.layers[0][0]).forward
 
 

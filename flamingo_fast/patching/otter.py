@@ -22,6 +22,7 @@ from flamingo_fast.patching.attention import (
     leave_unattended,
     leaves_one_medium,
     opened_gates,
+    probe_inputs,
     project_both,
     refuses_block,
     trains_16_bits_on_cpu,
@@ -155,21 +156,10 @@ def _notes(module: Any, options: Options) -> Sequence[str]:
     return found
 
 
-_LOCATIONS = torch.tensor([[0, 1, 0, 1, 1, 0, 0], [0] * 4 + [1, 0, 0]], dtype=torch.bool)
-
-
-def _tensors(attn: Any, num_media: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x of 7 tokens, media of 3 tokens each, and locations of image tokens."""
-    weight = attn.to_kv.weight
-    x = torch.randn(2, 7, attn.to_q.in_features).to(weight)
-    media = torch.randn(2, num_media, 3, weight.shape[1]).to(weight)
-    return x, media, _LOCATIONS.to(x.device)
-
-
 def _attention_probes(module: Any) -> Iterator[Call]:
     # As many media as image tokens, fewer, and more.
     for num_media in (3, 2, 4):
-        x, media, locations = _tensors(module, num_media)
+        x, media, locations = probe_inputs(module, num_media, 3)
         yield (x, media, locations), {}
         yield (x, media, locations, False), {}
         # Decoding: media that were projected before, and no image token among the new ones.
@@ -180,7 +170,7 @@ def _attention_probes(module: Any) -> Iterator[Call]:
 def _block_probes(module: Any) -> Iterator[Call]:
     with opened_gates(module, "attn_gate", "ff_gate"):
         for attend_previous in (True, False):
-            yield _tensors(module.attn, 3), {"attend_previous": attend_previous}
+            yield probe_inputs(module.attn, 3, 3), {"attend_previous": attend_previous}
 
 
 def _perceiver_probes(module: Any) -> Iterator[Call]:
