@@ -2,11 +2,13 @@
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 
 @contextlib.contextmanager
@@ -27,3 +29,13 @@ def met(rank: int, world_size: int, store: str | Path) -> Iterator[None]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def on_ranks(world_size: int, worker: Callable[..., None], *args: Any) -> None:
+    """Runs worker(rank, *args) in a process for each rank; raises what one of them did.
+
+    By fork server, from a process that has imported what takes seconds, if `run_cases` is imported.
+    Not by `mp.spawn` also because that ends the interpreter: a thread of gloo that still holds a
+    tensor then asks for the GIL and aborts the process (`ProcessGroupGloo::runLoop`, PyTorch 2.14).
+    """
+    mp.start_processes(worker, args, nprocs=world_size, start_method="forkserver")

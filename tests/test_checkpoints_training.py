@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fresh_venv import ROOT
-from rank_cases import met
+from rank_cases import met, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -381,4 +380,4 @@ def _worker(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_save_one_loads_and_saves_two_load(tmp_path):
-    mp.spawn(_worker, args=(tmp_path,), nprocs=2)
+    on_ranks(2, _worker, tmp_path)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from rank_cases import met
+from rank_cases import met, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -112,4 +111,4 @@ def _worker(rank: int, store: str, impl: str, make: Callable[[str], Any]) -> Non
     [(_blocks, "torch"), (_blocks, "triton"), (_flamingo, "torch"), (_flamingo, "triton")],
 )
 def test_two_ranks_train_as_one(make, impl, tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path / "store"), impl, make), nprocs=WORLD)
+    on_ranks(WORLD, _worker, str(tmp_path / "store"), impl, make)

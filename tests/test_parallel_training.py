@@ -8,18 +8,17 @@ seen is a tenth of that. In bf16: 1e-2, 5e-2, and a half.
 import dataclasses
 import functools
 import math
-import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
-from rank_cases import met
+from rank_cases import met, on_ranks
 from torch.distributed.tensor import DTensor
 
 from flamingo_fast.models.config import ConfigError
@@ -201,7 +200,7 @@ def _worker(rank: int, store: str, check: Callable[..., None], arguments: tuple[
 
 
 def on_two_ranks(tmp_path: Any, check: Callable[..., None], *arguments: Any) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "store"), check, arguments), nprocs=WORLD)
+    on_ranks(WORLD, _worker, str(tmp_path / "store"), check, arguments)
 
 
 # All in the same processes: most of the time is that of their imports.
@@ -263,8 +262,8 @@ def check_statistics(rank: int) -> None:
     assert mean.any() and torch.equal(*of_ranks)
 
 
-def save_case(name: str, rank: int) -> None:
-    case, folder = CASES[name], os.environ["SAVED"]
+def save_case(name: str, folder: Path, rank: int) -> None:
+    case = CASES[name]
     sharded, _ = train_sharded(case, rank)
     model = make_model(case)
     other = make_step(case, model, prepare(model, case.parallel, case.precision, "cpu").dp_group)
@@ -279,9 +278,8 @@ def save_case(name: str, rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_agree_on_what_to_skip_and_refuse(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAVED", str(tmp_path / "saved"))
-    on_two_ranks(tmp_path, check_all, "accumulation")
+def test_two_ranks_agree_on_what_to_skip_and_refuse(tmp_path):
+    on_two_ranks(tmp_path, check_all, ("accumulation", tmp_path / "saved"))
     # One process goes on from where two were.
     case = CASES["accumulation"]
     model = make_model(case)
@@ -296,12 +294,13 @@ def test_two_ranks_agree_on_what_to_skip_and_refuse(tmp_path, monkeypatch):
     assert result.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
-def check_all(name: str, rank: int) -> None:
+def check_all(name_and_folder: tuple[str, Path], rank: int) -> None:
+    name, folder = name_and_folder
     check_skipping(name, rank)
     check_skipping("whole_copies_bf16", rank)
     check_refusal(name, rank)
     check_statistics(rank)
-    save_case(name, rank)
+    save_case(name, folder, rank)
 
 
 @pytest.mark.slow

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from patch_cases import outcomes
 from patch_models import FAMILIES, Family, assert_close, patched_names, recompute
-from rank_cases import met
+from rank_cases import met, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -85,4 +84,4 @@ def _worker(rank: int, store: str) -> None:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    on_ranks(WORLD, _worker, str(tmp_path / "store"))

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
-from rank_cases import met
+from rank_cases import met, on_ranks
 from run_cases import config, finish, make_data, metrics, start
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -106,12 +105,9 @@ def _worker(rank: int, world: int, folder: str, checks: tuple[Callable[[str], No
             check(folder)
 
 
-def on_ranks(world: int, folder: Path, *checks: Callable[[str], None]) -> None:
+def check_on_ranks(world: int, folder: Path, *checks: Callable[[str], None]) -> None:
     """Several checks in the same processes: starting these takes longer than most checks."""
-    # As runs are started, of a process that has imported what takes seconds.
-    mp.start_processes(
-        _worker, (world, str(folder), checks), nprocs=world, start_method="forkserver"
-    )
+    on_ranks(world, _worker, world, str(folder), checks)
 
 
 def _mesh() -> DeviceMesh:
@@ -227,7 +223,7 @@ def _load(step: TrainStep, checkpoints: Checkpoints) -> None:
 @pytest.mark.slow
 def test_two_ranks_do_what_one_process_does(tmp_path):
     checks = (check_gradients, check_training, check_training_in_bf16, check_checkpoints)
-    on_ranks(2, tmp_path, *checks)
+    check_on_ranks(2, tmp_path, *checks)
 
 
 @contextlib.contextmanager
@@ -387,7 +383,7 @@ def check_training_with_fsdp(folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_times_two_ranks_with_fsdp_do_so_too(tmp_path):
-    on_ranks(4, tmp_path, check_training_with_fsdp)
+    check_on_ranks(4, tmp_path, check_training_with_fsdp)
 
 
 @pytest.mark.slow

@@ -5,9 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from model_cases import IMAGE, flamingo, open_gates
-from rank_cases import met
+from rank_cases import met, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -73,4 +72,4 @@ def _worker(rank, store):
 @pytest.mark.slow
 def test_videos_of_several_lengths_beside_text_alone(tmp_path):
     """Gradients over both are those of one process with both batches, and nobody waits for ever."""
-    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    on_ranks(WORLD, _worker, str(tmp_path / "store"))

@@ -5,7 +5,9 @@ and multiplies the patterns themselves; its fp32 -> bf16 cast truncates. Here ev
 is fp32 arithmetic followed by one round-to-nearest-even, as on a GPU:
 
 * fp64 and integers become bf16 through fp32; that is torch's rule too.
-* `tl.dot` multiplies and accumulates in fp32.
+* `tl.dot` multiplies in fp32 and sums exactly, rounding once, in bf16, fp16 and fp32: NumPy's order
+  of the terms depends on the CPU, on some of them also on the operands' strides, so that scores
+  recomputed in a backward are other numbers than the forward's. A GPU goes through K in order.
 * `tl.sum` and scans of bf16 round after every addition: a sum in pairs, a scan from the left.
   The GPU's order differs, so a kernel that wants accuracy sums in fp32.
 * NaN is Triton's business and the same as for fp32: `tl.maximum` and `tl.max` drop NaN unless all
@@ -76,7 +78,12 @@ def _dot(
     acc: TensorHandle,
     *rest: Any,
 ) -> TensorHandle:
-    return stock(builder, _widened(a), _widened(b), acc, *rest)
+    a, b = _widened(a), _widened(b)
+    kinds = {operand.data.dtype for operand in (a, b)}
+    if acc.data.dtype != np.float32 or not kinds <= {np.dtype(np.float16), np.dtype(np.float32)}:
+        return stock(builder, a, b, acc, *rest)
+    wide = (TensorHandle(each.data.astype(np.float64), tl.float64) for each in (a, b, acc))
+    return TensorHandle(stock(builder, *wide, *rest).data.astype(np.float32), tl.float32)
 
 
 def _cast(
