@@ -36,14 +36,24 @@ def is_only_rounding(case: Case, function: Function, mode: str) -> bool:
 
 
 def disagreements(
-    actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    actual: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    tolerance: float | None = None,
 ) -> list[str]:
-    """One line for each tensor of `actual` that is not the one of that name in `expected`."""
-    found = ((name, _disagreement(tensor, expected[name])) for name, tensor in actual.items())
+    """One line for each tensor of `actual` that is not the one of that name in `expected`.
+
+    Arguments:
+        tolerance: by default `TOLERANCE` of its dtype.
+    """
+    found = (
+        (name, _disagreement(tensor, expected[name], tolerance)) for name, tensor in actual.items()
+    )
     return [f"{name}: {line}" for name, line in found if line]
 
 
-def _disagreement(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
+def _disagreement(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None
+) -> str | None:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return (
             f"{tuple(actual.shape)} {actual.dtype}, "
@@ -53,7 +63,8 @@ def _disagreement(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
     errors = _norms(a - e for a, e in pairs)
     if not all(map(math.isfinite, errors)):
         return "not finite"
-    tolerance = TOLERANCE[expected.dtype]
+    if tolerance is None:
+        tolerance = TOLERANCE[expected.dtype]
     # The RMS alone overlooks one wrong row of thousands, the largest alone a small bias.
     for kind, error, norm in zip(
         ("RMS", "largest"), errors, _norms(_blocks(expected)), strict=True

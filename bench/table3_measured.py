@@ -20,7 +20,8 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from flamingo_fast.bench.table3 import BASELINE, Prediction, ratios
+from flamingo_fast.bench.agreement import Agreement
+from flamingo_fast.bench.table3 import BASELINE, CONTROLS, Prediction, ratios
 from flamingo_fast.bench.table3_scales import WEIGHTS, Scale
 from flamingo_fast.models import work
 from flamingo_fast.models.config import FlamingoConfig
@@ -32,8 +33,6 @@ from flamingo_fast.training.parallel import prepare
 from flamingo_fast.training.step import TrainStep
 
 _CONFIDENCE = 0.95
-# By construction they do what the baseline does: they show what the machine's noise is.
-CONTROLS = ("laion", "no_tanh_gating")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,22 +232,6 @@ def _timed(call: Callable[[], None], device: torch.device, clock: Callable[[], f
     return clock() - start
 
 
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation; equal values share the mean of their ranks. NaN where all are equal."""
-    ranks = [_ranks(values) for values in (one, other)]
-    try:
-        return statistics.correlation(*ranks)
-    except statistics.StatisticsError:
-        return math.nan
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
-        for value in values
-    ]
-
-
 _NOTES = (
     "measured: median of the ratios of paired steps; in brackets an interval of it, of ranks, with "
     "a confidence of {confidence:.0%}. s: median of the row's steps.",
@@ -316,14 +299,10 @@ def _agreement(measurements: Sequence[Measurement], predictions: Sequence[Predic
         "flops here": [each.flops_ratio for each in rows],
     }
     measured = [each.ratio for each in rows]
-    lines = []
-    for name, values in others.items():
-        distance = statistics.fmean(abs(a - b) for a, b in zip(measured, values, strict=True))
-        lines.append(
-            f"measured against {name}: rank correlation {spearman(measured, values):.3f}, mean "
-            f"distance {distance:.3f}, over {len(rows)} rows."
-        )
-    return lines
+    return [
+        f"measured against {name}: {Agreement.of(measured, values)}."
+        for name, values in others.items()
+    ]
 
 
 def write_csv(

@@ -219,9 +219,13 @@ def test_ratios(predictions):
     assert found["every_4th"].paper == pytest.approx(1.02 / 1.74)
 
 
+def fitted(predictions):
+    return table3.Fit.to_paper(table3.of_table3(predictions))
+
+
 def test_seconds(predictions):
     """The coefficients predict rows that they were not fitted to, chips and all."""
-    seconds = {each.row: each.seconds for each in predictions}
+    seconds = {each.row: fitted(predictions).seconds(each) for each in predictions}
     assert seconds["baseline"] == pytest.approx(1.71, abs=0.01)
     assert seconds["vision_unfrozen"] == pytest.approx(4.71, abs=0.02)
     assert seconds["m3w_only"] == pytest.approx(0.75, abs=0.01)
@@ -229,12 +233,56 @@ def test_seconds(predictions):
 
 def test_coefficients_are_a_least_squares_fit(predictions):
     rows = [each for each in predictions if each.group != "extra"]
+    assert len(rows) == 18
     costs = [(each.flops / 1e15, each.trainable / 1e9 * each.passes) for each in rows]
     times = torch.tensor([each.paper_seconds for each in rows], dtype=torch.float64)
     relative = torch.tensor(costs, dtype=torch.float64) / times[:, None]
-    fitted = torch.linalg.lstsq(relative, torch.ones_like(times)[:, None]).solution[:, 0]
-    ours = (table3.SECONDS_PER_PFLOP, table3.SECONDS_PER_BILLION_TRAINABLE)
-    assert fitted.tolist() == pytest.approx(ours, rel=0.005)
+    expected = torch.linalg.lstsq(relative, torch.ones_like(times)[:, None]).solution[:, 0]
+    assert dataclasses.astuple(fitted(predictions)) == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_a_fit_finds_the_coefficients_that_made_the_times(predictions):
+    made = table3.Fit(0.3, 0.2)
+    rows = [
+        dataclasses.replace(each, paper_seconds=made.seconds(each))
+        for each in table3.of_table3(predictions)
+    ]
+    assert dataclasses.astuple(table3.Fit.to_paper(rows)) == pytest.approx((0.3, 0.2))
+    assert table3.leave_one_out(rows) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("names", [[], ["baseline"], ["baseline", "no_tanh_gating"]])
+def test_rows_that_no_fit_can_tell_apart_are_refused(predictions, names):
+    rows = [each for each in predictions if each.row in names]
+    if names:
+        rows = [dataclasses.replace(each, trainable=rows[0].trainable) for each in rows]
+    with pytest.raises(ValueError, match="rows: expected at least two"):
+        table3.Fit.to_paper(rows)
+
+
+def test_predictions_agree_with_the_paper(predictions):
+    of = table3.agreements(predictions)
+    assert of["flops"].rows == of["flops + params"].rows == 15
+    assert of["flops + params"].spearman >= 0.98 and of["flops + params"].error <= 0.025
+    assert of["flops"].spearman >= 0.95
+    assert of["flops + params"].error < table3.leave_one_out(predictions) < 0.03
+
+
+def test_a_wider_model_is_predicted_to_take_longer():
+    """Predictions are counted from the config: twice as many heads, twice their products."""
+    config = FlamingoConfig.preset("flamingo-3b")
+    heads = config.conditioning.heads
+    wider = dataclasses.replace(
+        config, conditioning=dataclasses.replace(config.conditioning, heads=2 * heads)
+    )
+    inner = heads * config.conditioning.dim_head
+    added = 0
+    for batch in passes(config):
+        rows, media = batch.samples * batch.tokens, batch.samples * batch.media * 64
+        products = 2 * rows * config.lm.dim * inner + 2 * media * 2048 * inner
+        scores = 2 * batch.samples * batch.tokens * batch.media * 64 * inner
+        added += 24 * 6 * (products + scores)
+    assert step_flops(wider).total - step_flops(config).total == added
 
 
 def test_ratios_without_the_baseline_are_refused(predictions):

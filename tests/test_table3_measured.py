@@ -15,14 +15,14 @@ pytest.importorskip("transformers")
 
 from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.bench import table3, table3_measured  # noqa: E402
+from flamingo_fast.bench.agreement import spearman  # noqa: E402
+from flamingo_fast.bench.table3 import CONTROLS  # noqa: E402
 from flamingo_fast.bench.table3_measured import (  # noqa: E402
-    CONTROLS,
     Interval,
     Measurement,
     Step,
     check_rows,
     measure,
-    spearman,
     synthetic_batch,
 )
 from flamingo_fast.bench.table3_scales import SCALES  # noqa: E402
@@ -248,7 +248,7 @@ def test_agreement_is_shown_over_rows_that_are_no_controls():
         for row, ratio in rows.items()
     ]
     lines = table3_measured._agreement(measurements, _predictions())
-    assert "flops here: rank correlation 1.000, mean distance 0.000, over 3 rows" in lines[1]
+    assert "flops here: rank correlation 1.000, mean absolute error 0.000, over 3 rows" in lines[1]
 
 
 @pytest.mark.parametrize(
