@@ -86,15 +86,13 @@ class Fit:
         Raises:
             ValueError: fewer than two rows, or whose two costs are all in one proportion.
         """
-        relative = [tuple(cost / each.paper_seconds for cost in each.costs) for each in rows]
-        of_flops, of_parameters, both, flops, parameters = (
-            (
-                sum(values)
-                for values in zip(*((f * f, p * p, f * p, f, p) for f, p in relative), strict=True)
-            )
-            if rows
-            else (0.0,) * 5
-        )
+        relative = [
+            (each.costs[0] / each.paper_seconds, each.costs[1] / each.paper_seconds)
+            for each in rows
+        ]
+        flops, parameters = sum(f for f, _ in relative), sum(p for _, p in relative)
+        of_flops, of_parameters = sum(f * f for f, _ in relative), sum(p * p for _, p in relative)
+        both = sum(f * p for f, p in relative)
         determinant = of_flops * of_parameters - both**2
         if determinant <= 1e-12 * of_flops * of_parameters:
             raise ValueError(

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.bench import table3, table3_measured  # noqa: E402
-from flamingo_fast.bench.agreement import spearman  # noqa: E402
+from flamingo_fast.bench.agreement import Agreement, spearman  # noqa: E402
 from flamingo_fast.bench.table3 import CONTROLS  # noqa: E402
 from flamingo_fast.bench.table3_measured import (  # noqa: E402
     Interval,
@@ -267,3 +267,11 @@ def test_wrong_options_are_one_line(arguments, message, monkeypatch, capsys):
     code, _, err = run_command(monkeypatch, capsys, *arguments)
     assert code == 2
     assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_agreement():
+    found = Agreement.of([1.0, 2.0, 4.0], [1.5, 2.0, 3.0])
+    assert (found.rows, found.spearman, found.error) == (3, 1, 0.5)
+    for values, others in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="others: expected as many as values, at least one"):
+            Agreement.of(values, others)

@@ -5,7 +5,7 @@ and multiplies the patterns themselves; its fp32 -> bf16 cast truncates. Here ev
 is fp32 arithmetic followed by one round-to-nearest-even, as on a GPU:
 
 * fp64 and integers become bf16 through fp32; that is torch's rule too.
-* `tl.dot` multiplies in fp32 and sums exactly, rounding once, in bf16, fp16 and fp32: NumPy's order
+* `tl.dot` of bf16, fp16 and fp32 into fp32 is summed in fp64 and rounded once: NumPy's own order
   of the terms depends on the CPU, on some of them also on the operands' strides, so that scores
   recomputed in a backward are other numbers than the forward's. A GPU goes through K in order.
 * `tl.sum` and scans of bf16 round after every addition: a sum in pairs, a scan from the left.
