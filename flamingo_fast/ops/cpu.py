@@ -148,6 +148,8 @@ def norm(
             x, x.shape[-1:], native_weight, native_bias, eps
         )
         return normed.to(out_dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+    if x.dtype == out_dtype == wide or x.numel() <= _SMALLEST_BLOCK:
+        return _rms_at_once(x.to(wide), weight, bias, eps, out_dtype)
     normed = torch.empty(x.shape, dtype=out_dtype)
     rstd = torch.empty(x.shape[:-1], dtype=wide)
     rows, normed_rows, rstd_rows = _WideRows(x, wide), _as_matrix(normed), rstd.view(-1, 1)
@@ -165,6 +167,25 @@ def norm(
         if bias is not None:
             torch.add(xhat, bias, out=out)
     return normed, x.new_empty(0, dtype=wide), rstd
+
+
+def _rms_at_once(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMSNorm of fp32 (fp64) rows: there are no temporaries where nothing is converted, and of few
+    rows views of blocks would cost as much as arithmetic."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    rstd = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed = x * rstd
+    if weight is not None:
+        normed.mul_(weight)
+    if bias is not None:
+        normed.add_(bias)
+    return normed.to(out_dtype), x.new_empty(0), rstd.squeeze(-1)
 
 
 def _native_parameters(
@@ -238,8 +259,15 @@ def _rms_dx(
     dnormed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
 ) -> torch.Tensor:
     """rstd * (g - xhat * mean(g * xhat)) with g = dnormed * weight."""
-    dx = x.new_empty(x.shape)
     wide = rstd.dtype
+    if x.numel() <= _SMALLEST_BLOCK:
+        rstd, wide_x, gradient = rstd.unsqueeze(-1), x.to(wide), dnormed.to(wide)
+        if weight is not None:
+            gradient = gradient * weight
+        correction = (gradient * wide_x).sum(-1, keepdim=True)
+        correction.mul_(rstd.square()).div_(x.shape[-1])
+        return gradient.sub(wide_x * correction).mul_(rstd).to(x.dtype)
+    dx = x.new_empty(x.shape)
     rows, dnormed_rows, dx_rows = _WideRows(x, wide), _WideRows(dnormed, wide), _as_matrix(dx)
     scaled, scratch = (_Scratch(rows.rows, wide) for _ in range(2))
     rstd = rstd.view(-1, 1)
@@ -269,6 +297,8 @@ def _parameter_gradients(
     1 @ dnormed, and dweight is rstd @ (dnormed * x) - (rstd * mean) @ dnormed.
     """
     wide = rstd.dtype
+    if not need_dweight and not need_dbias:
+        return x.new_empty(0), x.new_empty(0)
     rows, dnormed_rows = _WideRows(x, wide), _WideRows(dnormed, wide)
     rstd = rstd.view(1, -1)
     shift = torch.zeros_like(rstd) if mean.numel() == 0 else -rstd * mean.view(1, -1)
@@ -277,9 +307,10 @@ def _parameter_gradients(
     dweight = scaled.new_zeros((1, x.shape[-1]))
     # Over the converted rows, where there are such: less memory stays longer in cache.
     products = rows.scratch or _Scratch(rows.rows, wide)
-    for block in rows.blocks() if need_dweight or need_dbias else ():
+    for block in rows.blocks():
         gradient = dnormed_rows[block]
-        torch.addmm(scaled, scales[:, block], gradient, out=scaled)
+        if need_dbias or mean.numel():
+            torch.addmm(scaled, scales[:, block], gradient, out=scaled)
         if need_dweight:
             product = torch.mul(gradient, rows[block], out=products.of(block))
             torch.addmm(dweight, rstd[:, block], product, out=dweight)
