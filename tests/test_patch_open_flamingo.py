@@ -7,6 +7,7 @@ import sys
 import types
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import patch_cases
@@ -581,6 +582,29 @@ def test_saved_and_copied() -> None:
     x, media, locations = _inputs()
     block = patch_cases.open_gates(_block_of(_vendored("of_saved_helpers")))
     patch_cases.check_saved_and_copied(block, lambda model: _weighted(model(x, media, locations)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_whole_model_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    """By its state dict: the classes that OpenFlamingo makes of a language model's aren't pickled.
+
+    Into a model that isn't patched, and from that one into a patched one.
+    """
+    patched, plain, again = (_model(family, depth=2) for _ in range(3))
+    with torch.no_grad():
+        for number, model in enumerate((plain, again), start=1):
+            for parameter in model.parameters():
+                parameter.mul_(1 + number / 4)
+    for model in (patched, again):
+        assert patch(model).patched
+    torch.save(patched.state_dict(), tmp_path / "patched.pt")
+    plain.load_state_dict(torch.load(tmp_path / "patched.pt"))
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    again.load_state_dict(torch.load(tmp_path / "plain.pt"))
+    with torch.no_grad():
+        expected, _ = _call(patched)
+        for model in (plain, again):
+            torch.testing.assert_close(_call(model)[0], expected)
 
 
 def test_patched_forwards_are_gone_after_unpatch() -> None:
