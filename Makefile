@@ -31,7 +31,7 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test test-transformers bench aot demo gpu gpu-test gpu-bench install clean distclean
+.PHONY: check lint test test-transformers bench bench-full bench-pytest aot demo gpu gpu-test gpu-bench install clean distclean
 
 check: lint test test-transformers
 
@@ -45,12 +45,20 @@ test-transformers: $(OTHER)/.installed
 	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
 	  $(filter-out %_bench.py,$(wildcard tests/test_patch*.py)) $(TEST_ARGS))
 
-# The suite has the same cases, for pytest-benchmark's users; a few of them show that it works.
-SUITE := bench/suite -k '2048x2048 and bf16 and not compile' --benchmark-max-time 0.1
-
+# Table 3 at a small scale and one case of each family: a quarter of an hour on 2 cores.
 bench: $(STAMP)
-	$(call timed,$@,$(BIN)/flamingo-fast bench $(BENCH_ARGS))
-	$(call timed,suite,$(BIN)/python -m pytest -q $(SUITE) --benchmark-only)
+	$(call timed,$@,$(BIN)/flamingo-fast bench table3 headline $(BENCH_ARGS))
+
+# Everything: hours.
+bench-full: $(STAMP)
+	$(call timed,$@,$(BIN)/flamingo-fast bench all $(BENCH_ARGS))
+
+# The same cases for pytest-benchmark's users: BENCH_ARGS='--benchmark-autosave', and another time
+# BENCH_ARGS=--benchmark-compare. SUITE= is all of them.
+SUITE ?= -k '(2048x2048 or 4x256x5x8x64x64 or 1x1x32x1024x1024 or micro) and fp32 and not compile'
+
+bench-pytest: $(STAMP)
+	$(call timed,$@,$(BIN)/python -m pytest -q bench/suite --benchmark-only $(SUITE) $(BENCH_ARGS))
 
 aot: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast kernels)
@@ -82,9 +90,8 @@ gpu-test:
 	  -k 'triton or kernels or tanh or gpu or gated_blocks or resampler' $(GPU_TEST_ARGS))
 
 gpu-bench:
-	$(call timed,$@,for op in $(GPU_OPS); do \
-	  $(ON_GPU) flamingo_fast.cli bench --op $$op --out $(GPU_OUT) $(GPU_BENCH_ARGS) || failed=1; \
-	done; test -z "$$failed")
+	$(call timed,$@,$(ON_GPU) flamingo_fast.cli bench $(addprefix --op ,$(GPU_OPS)) --out $(GPU_OUT) \
+	  $(GPU_BENCH_ARGS))
 
 install: $(STAMP)
 

@@ -42,13 +42,6 @@ _COPIES_OF_SCORES = 8
 _REFERENCE_TOKENS = 256
 
 
-def growth_shapes(quick: bool) -> tuple[Shape, ...]:
-    """More and more images in the same text."""
-    if quick:
-        return tuple((1, 128, media, 2, 32, 16) for media in (1, 4))
-    return tuple((1, 2048, media, 8, 64, 64) for media in (1, 2, 4, 8, 16, 32, 64))
-
-
 def media_layout(
     shape: Shape, device: torch.device, *, even: bool = False, attend: str = "previous"
 ) -> MediaLayout:

@@ -39,20 +39,26 @@ def disagreements(
     actual: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
     tolerance: float | None = None,
+    largest: float | None = None,
 ) -> list[str]:
     """One line for each tensor of `actual` that is not the one of that name in `expected`.
 
     Arguments:
         tolerance: by default `TOLERANCE` of its dtype.
+        largest: of the largest error; by default the same.
     """
     found = (
-        (name, _disagreement(tensor, expected[name], tolerance)) for name, tensor in actual.items()
+        (name, _disagreement(tensor, expected[name], tolerance, largest))
+        for name, tensor in actual.items()
     )
     return [f"{name}: {line}" for name, line in found if line]
 
 
 def _disagreement(
-    actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    tolerance: float | None,
+    largest: float | None,
 ) -> str | None:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return (
@@ -66,11 +72,12 @@ def _disagreement(
     if tolerance is None:
         tolerance = TOLERANCE[expected.dtype]
     # The RMS alone overlooks one wrong row of thousands, the largest alone a small bias.
-    for kind, error, norm in zip(
-        ("RMS", "largest"), errors, _norms(_blocks(expected)), strict=True
+    allowed = (tolerance, tolerance if largest is None else largest)
+    for kind, share, error, norm in zip(
+        ("RMS", "largest"), allowed, errors, _norms(_blocks(expected)), strict=True
     ):
-        if error > tolerance * norm:
-            return f"{kind} error {error:.3g}, allowed {tolerance * norm:.3g}"
+        if error > share * norm:
+            return f"{kind} error {error:.3g}, allowed {share * norm:.3g}"
     return None
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from flamingo_fast.bench.pairs import MEAN_TOKENS, text_lengths
+from flamingo_fast.bench.tables import Table
 from flamingo_fast.bench.timing import Quantiles, device_clock, interleaved, paired_ratios
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.flamingo import Flamingo
@@ -165,21 +165,25 @@ def run(
     ]
 
 
-def render(measured: list[Measured]) -> Table:
-    """A table of them, padded | packed."""
-    table = Table(
-        *("pairs", "images", "rows", "padding", "tokens/s", "gain", "20 - 80 %"),
-        title="flamingo-mini, forward and backward: padded | packed rows",
-    )
+def table(measured: list[Measured]) -> Table:
+    """A row for each, padded | packed."""
+    rows = []
     for each in measured:
         mean = MEAN_TOKENS[each.row_tokens]
-        table.add_row(
-            f"{_DATASETS[each.row_tokens]}, {mean} of {each.row_tokens} tokens",
-            "features" if each.of_features else "encoded",
-            " | ".join(map(str, each.rows)),
-            " | ".join(f"{share:.1%}" for share in each.padding),
-            " | ".join(f"{rate.p50:,.0f}" for rate in each.tokens_per_s),
-            f"{each.gain.p50:.2f} x",
-            f"{each.gain.p20:.2f} - {each.gain.p80:.2f}",
+        rows.append(
+            [
+                f"{_DATASETS[each.row_tokens]}, {mean} of {each.row_tokens} tokens",
+                "features" if each.of_features else "encoded",
+                ", ".join(map(str, each.rows)),
+                ", ".join(f"{share:.1%}" for share in each.padding),
+                ", ".join(f"{rate.p50:,.0f}" for rate in each.tokens_per_s),
+                f"{each.gain.p50:.2f}",
+                f"{each.gain.p20:.2f} - {each.gain.p80:.2f}",
+            ]
         )
-    return table
+    return Table(
+        "flamingo-mini, forward and backward: padded, packed rows",
+        ("pairs", "images", "rows", "padding", "tokens/s", "x", "20 - 80 %"),
+        rows,
+        2,
+    )

@@ -140,7 +140,7 @@ def _pixels(case: Case, side: int, dtype: torch.dtype, *more: int) -> torch.Tens
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-class _Patches(nn.Module):
+class Patches(nn.Module):
     """An encoder of images that is one convolution: tokens, or as OpenCLIP's (pooled, tokens)."""
 
     def __init__(self, width: int, pooled: bool) -> None:
@@ -157,10 +157,15 @@ def _patches(side: int) -> int:
     return (side // _PATCH) ** 2
 
 
-def _open_flamingo(sizes: Sizes) -> nn.Module:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(sizes: Sizes) -> Any:
+    """Of transformers.
 
-    config = LlamaConfig(
+    Raises:
+        ImportError: it is not installed.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.intermediate,
@@ -171,9 +176,19 @@ def _open_flamingo(sizes: Sizes) -> nn.Module:
         bos_token_id=1,
         eos_token_id=_EOS,
     )
+
+
+def open_flamingo(sizes: Sizes) -> nn.Module:
+    """OpenFlamingo's model around a Llama.
+
+    Raises:
+        ImportError: OpenFlamingo or transformers is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
     return peers.open_flamingo_model(
-        _Patches(sizes.features, pooled=True),
-        AutoModelForCausalLM.from_config(config),
+        Patches(sizes.features, pooled=True),
+        AutoModelForCausalLM.from_config(llama_config(sizes)),
         "model.layers",
         vis_dim=sizes.features,
         eoc_token_id=sizes.eoc_id,
@@ -181,7 +196,7 @@ def _open_flamingo(sizes: Sizes) -> nn.Module:
     )
 
 
-def _open_flamingo_inputs(case: Case, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+def open_flamingo_inputs(case: Case, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
     ids = token_ids(case, sizes)
     mask = torch.ones_like(ids)
     if case.mode == "decode":
@@ -203,7 +218,7 @@ def _flamingo_pytorch(sizes: Sizes) -> nn.Module:
         heads=sizes.heads,
         media_token_id=sizes.image_id,
         cross_attn_every=1,
-        img_encoder=_Patches(sizes.hidden, pooled=False),
+        img_encoder=Patches(sizes.hidden, pooled=False),
         perceiver_num_latents=sizes.latents,
     )
 
@@ -427,8 +442,8 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer(
             "open_flamingo",
-            _open_flamingo,
-            _open_flamingo_inputs,
+            open_flamingo,
+            open_flamingo_inputs,
             _open_flamingo_about,
             _MODEL,
         ),

@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flamingo_fast.bench import attention, latent, modules, ops, pairs, pairs_layer, several_media
+from flamingo_fast.bench.growth import GROWTH
 from flamingo_fast.bench.registry import DTYPES, MODES, Benchmark, Shape, shape_name
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -17,15 +18,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     **latent.BENCHMARKS,
     **modules.BENCHMARKS,
 }
-# Shapes of the ops that are measured against the size of their inputs.
-GROWTH: Mapping[str, Callable[[bool], tuple[Shape, ...]]] = {
-    attention.NAME: attention.growth_shapes,
-    several_media.ALL_PREVIOUS: several_media.growth_shapes,
-    several_media.SPARSE: several_media.growth_shapes,
-}
 BASELINE = "eager"
 # Providers that take seconds to compile.
-_COMPILED = ("compile", "flex_attention")
+COMPILED = ("compile", "flex_attention")
 
 # PyTorch counts the bytes of a tensor in 63 bits.
 _MAX_NUMEL = 2**59
@@ -33,9 +28,10 @@ _MAX_NUMEL = 2**59
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`cases` are (benchmark, shape, dtype); `left_out` are providers left out by --quick.
+    """`cases` are (benchmark, shape, dtype); `left_out` are providers that take long.
 
-    `growth`: shapes differ in one number, such as that of images, for a plot against it.
+    `growth`: shapes differ in one number, such as that of images, for a plot against it. `passes`:
+    over all cases, so that each is measured at several times.
     """
 
     cases: tuple[tuple[Benchmark, Shape, str], ...]
@@ -44,6 +40,7 @@ class Plan:
     left_out: tuple[str, ...]
     quick: bool
     growth: bool = False
+    passes: int = 1
 
     @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
@@ -68,12 +65,14 @@ def make_plan(
     providers: Sequence[str] = (),
     quick: bool = False,
     growth: bool = False,
+    left_out: Sequence[str] = (),
 ) -> Plan:
-    """An empty selection is everything. `quick`: one small shape, without torch.compile.
+    """An empty selection is everything. `quick`: one small shape, without torch.compile, as with
+    providers that are `left_out`.
 
     The baseline always runs, since every ratio is to it. Shapes without ops are for the ops that
-    have as many dimensions. `growth`: attention with more and more images, or longer and longer
-    text; by default its baseline, ours and sdpa.
+    have as many dimensions. `growth`: shapes that differ in one size, such as that of images; by
+    default the baseline, ours and sdpa.
 
     Raises:
         ValueError: an unknown name or a shape that an op can't have, and what was expected.
@@ -82,20 +81,23 @@ def make_plan(
         if shapes:
             raise ValueError("growth chooses its shapes; give no --shape")
         ops = ops or tuple(GROWTH)
-        providers = providers or ("ours", "sdpa")
     _check_names("op", ops, GROWTH if growth else BENCHMARKS)
     check_dtypes(dtypes)
     _check_names("mode", modes, MODES)
     benchmarks = [BENCHMARKS[name] for name in dict.fromkeys(ops or _fitting(shapes))]
     known = _provider_names(benchmarks)
     _check_names("provider", providers, known)
-    left_out = _COMPILED if quick and not providers else ()
+    if growth and not providers:
+        providers = ("ours", "sdpa")
+    if quick:
+        left_out = COMPILED
+    left_out = () if providers else tuple(left_out)
     return Plan(
         cases=tuple(
             (benchmark, shape, dtype)
             for benchmark in benchmarks
             for shape in (
-                GROWTH[benchmark.name](quick) if growth else _shapes(benchmark, shapes, quick)
+                GROWTH[benchmark.name].of(quick) if growth else _shapes(benchmark, shapes, quick)
             )
             for dtype in dict.fromkeys(dtypes or ("fp32", "bf16"))
         ),
@@ -108,6 +110,16 @@ def make_plan(
         left_out=left_out,
         quick=quick,
         growth=growth,
+    )
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """All of their cases, at least one, with the options of the first and all providers."""
+    providers = itertools.chain.from_iterable(each.providers for each in plans)
+    return dataclasses.replace(
+        plans[0],
+        cases=tuple(itertools.chain.from_iterable(each.cases for each in plans)),
+        providers=tuple(dict.fromkeys(providers)),
     )
 
 

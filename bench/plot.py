@@ -1,15 +1,11 @@
 """The plots: how near each provider comes to the copy bandwidth, and what larger inputs cost."""
 
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from flamingo_fast.bench import attention
-from flamingo_fast.bench.registry import Shape, shape_name
+from flamingo_fast.bench import growth
+from flamingo_fast.bench.registry import shape_name
 from flamingo_fast.bench.run import Results
-
-_GROWING = {"N": "images", "L": "text tokens"}
 
 
 def import_pyplot() -> Any:
@@ -28,11 +24,15 @@ def import_pyplot() -> Any:
     return pyplot
 
 
-def plot(results: Results, path: Path) -> None:
-    """A panel for each shape (down), dtype and mode (across); a bar for each op and provider.
+def plot(results: Results) -> Any:
+    """A figure; None without any number.
 
-    Bars are medians with p20 to p80, labelled with the speed-up over the baseline. Without any
-    number there is no plot, nor one of an earlier run.
+    A panel for each shape (down), dtype and mode (across); a bar for each op and provider.
+
+    Bars are medians with p20 to p80, labelled with the speed-up over the baseline.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     pyplot = import_pyplot()
     values = {
@@ -41,8 +41,7 @@ def plot(results: Results, path: Path) -> None:
         if m.metric in ("bandwidth", "speedup") and m.shape
     }
     if not values:
-        path.unlink(missing_ok=True)
-        return
+        return None
     columns = zip(*values, strict=True)
     _, _, providers, modes, shapes, dtypes = (list(dict.fromkeys(c)) for c in columns)
     across = [(dtype, mode) for dtype in dtypes for mode in modes]
@@ -110,14 +109,17 @@ def plot(results: Results, path: Path) -> None:
         fontsize=8,
     )
     figure.suptitle(str(results.environment), fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return figure
 
 
-def plot_growth(results: Results, op: str, path: Path) -> None:
-    """Time and memory against each size that `op` was measured in; a line for each provider.
+def plot_growth(results: Results, op: str) -> Any:
+    """A figure; None without any number.
 
-    Bands are p20 to p80. Without any number there is no plot, nor one of an earlier run.
+    Time and memory against each size that `op` was measured in; a line for each provider. Bands are
+    p20 to p80.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     pyplot = import_pyplot()
     values = {
@@ -126,16 +128,13 @@ def plot_growth(results: Results, op: str, path: Path) -> None:
         if m.kernel == op and m.metric in ("time", "peak_memory")
     }
     if not values:
-        path.unlink(missing_ok=True)
-        return
+        return None
     _, dtypes, modes, providers, _ = (list(dict.fromkeys(c)) for c in zip(*values, strict=True))
     across = [(dtype, mode) for dtype in dtypes for mode in modes]
-    cases = [(benchmark, shape) for benchmark, shape, _ in results.plan.cases]
-    shapes = [shape for benchmark, shape in dict.fromkeys(cases) if benchmark.name == op]
+    dims = next(each.dims for each in results.plan.benchmarks if each.name == op)
     down = [
         (size, series, metric)
-        for size in _GROWING
-        if len(series := _series(shapes, attention.DIMS.index(size))) > 1
+        for size, series in growth.series_of(results, op)
         for metric in ("time", "peak_memory")
     ]
     figure, axes = pyplot.subplots(
@@ -151,9 +150,7 @@ def plot_growth(results: Results, op: str, path: Path) -> None:
         unit = {"time": "ms", "peak_memory": "MB"}[metric]
         row[0].set_ylabel(f"{metric.replace('_', ' ')}, {unit}", fontsize=8)
         fixed = ", ".join(
-            f"{name} {number}"
-            for name, number in zip(attention.DIMS, series[0], strict=True)
-            if name != size
+            f"{name} {number}" for name, number in zip(dims, series[0], strict=True) if name != size
         )
         for axis, (dtype, mode) in zip(row, across, strict=True):
             axis.set_title(f"{dtype} {mode}\n{fixed}", fontsize=8)
@@ -161,10 +158,10 @@ def plot_growth(results: Results, op: str, path: Path) -> None:
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set_yscale("log")
             axis.tick_params(which="both", labelsize=8)
-            axis.set_xlabel(_GROWING[size], fontsize=8)
+            axis.set_xlabel(growth.SIZES[size], fontsize=8)
             for index, provider in enumerate(providers):
                 found = [
-                    (shape[attention.DIMS.index(size)], value)
+                    (shape[dims.index(size)], value)
                     for shape in series
                     if (value := values.get((metric, dtype, mode, provider, shape_name(shape))))
                 ]
@@ -178,13 +175,4 @@ def plot_growth(results: Results, op: str, path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     environment = textwrap.fill(str(results.environment), 28 * (1 + len(across)))
     figure.suptitle(f"{op}\n{environment}", fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _series(shapes: Sequence[Shape], index: int) -> list[Shape]:
-    """The most shapes that differ in the number at `index` alone, sorted."""
-    by_rest: dict[Shape, list[Shape]] = {}
-    for shape in shapes:
-        by_rest.setdefault((*shape[:index], *shape[index + 1 :]), []).append(shape)
-    return max(map(sorted, by_rest.values()), key=len)
+    return figure

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,9 +16,8 @@ import torch
 import flamingo_fast
 from flamingo_fast.bench.timing import Quantiles
 
-_ROOT = Path(__file__).resolve().parents[1]
-IN_CHECKOUT = (_ROOT / "setup.py").is_file()
-DEFAULT_OUT = _ROOT / "bench" / "results" if IN_CHECKOUT else Path("bench_results")
+ROOT = Path(__file__).resolve().parents[1]
+IN_CHECKOUT = (ROOT / "setup.py").is_file()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def environment(device: torch.device) -> Environment:
         torch.version.cuda or "none",
         _version("triton"),
         flamingo_fast.__version__,
-        _commit(),
+        commit(),
     )
 
 
@@ -97,7 +97,8 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the checkout, 12 digits, with "-dirty" for local changes; "none" outside of one."""
     # From site-packages git would name the commit of whatever repository lies around it.
     if not IN_CHECKOUT:
         return "none"
@@ -108,8 +109,18 @@ def _commit() -> str:
         return "none"
 
 
+def changes() -> str:
+    """What was changed in files of the commit, as a digest; empty outside of a checkout."""
+    if not IN_CHECKOUT:
+        return ""
+    try:
+        return hashlib.sha256(_git("diff", "HEAD").encode()).hexdigest()[:12]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def _git(*args: str) -> str:
-    command = ["git", "-C", str(_ROOT), *args]
+    command = ["git", "-C", str(ROOT), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import statistics
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from flamingo_fast.bench.registry import (
     shape_name,
 )
 from flamingo_fast.bench.timing import (
+    MIN_ROUNDS,
     Quantiles,
     Sampler,
     device_clock,
@@ -32,6 +34,7 @@ from flamingo_fast.bench.timing import (
     paired_ratios,
     wall_clock,
 )
+from flamingo_fast.bench.work import Work
 
 _CALLS_PER_SAMPLE = 20
 
@@ -42,6 +45,8 @@ class Results:
 
     failures: calls that raised or computed something else; they have no measurements.
     notes: baselines that were measured although their rounding is bad.
+    pairs: (case, mode, provider) -> how many times faster than the baseline, by rounds; or by
+        passes, where there are several: the median of each.
     unavailable: (provider, reason) -> the ops for which it did not run.
     """
 
@@ -53,6 +58,8 @@ class Results:
     failures: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     unavailable: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
+    pairs: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
+    is_interrupted: bool = False
 
 
 def run(
@@ -65,7 +72,7 @@ def run(
     try:
         _measure(plan, device, results, progress)
     except KeyboardInterrupt:
-        results.failures.append("interrupted: what follows was not measured")
+        results.is_interrupted = True
     return results
 
 
@@ -73,17 +80,46 @@ def _measure(
     plan: Plan, device: torch.device, results: Results, progress: Callable[[str], None]
 ) -> None:
     clock = device_clock(device)
-    for benchmark, shape, dtype in plan.cases:
-        progress(f"{benchmark.name} {shape_name(shape)} {dtype}")
-        try:
-            _measure_time(Case(benchmark, shape, dtype, device), clock, results)
-        # What PyTorch raises when memory runs out, which depends on the user's --shape.
-        except RuntimeError as error:
-            first_line = next(iter(str(error).splitlines()), "")
-            results.failures.append(f"{benchmark.name} {shape_name(shape)} {dtype}: {first_line}")
+    timings: dict[tuple[str, str], _Timing] = {}
+    try:
+        for index in range(plan.passes):
+            for benchmark, shape, dtype in plan.cases:
+                name = f"{benchmark.name} {shape_name(shape)} {dtype}"
+                progress(name)
+                try:
+                    # Anew in each pass: where tensors lie in memory is part of what differs
+                    # between runs.
+                    case = Case(benchmark, shape, dtype, device)
+                    _measure_time(case, clock, results, timings, is_first=index == 0)
+                # What PyTorch raises when memory runs out, which depends on the user's --shape.
+                except RuntimeError as error:
+                    first_line = next(iter(str(error).splitlines()), "")
+                    results.failures.append(f"{name}: {first_line}")
+    finally:
+        for timing in timings.values():
+            _record_timing(timing, results)
     for benchmark in plan.benchmarks:
         progress(f"{benchmark.name}: CPU time per call")
         _measure_overhead(benchmark, device, results)
+
+
+@dataclasses.dataclass
+class _Timing:
+    """Of one case and mode.
+
+    Attributes:
+        passes: of each, samples in seconds by provider.
+        metrics: that are not of time, of the first pass, by provider.
+    """
+
+    name: str
+    kernel: str
+    shape: str
+    dtype: str
+    mode: str
+    work: Work
+    passes: list[dict[str, list[float]]] = dataclasses.field(default_factory=list)
+    metrics: dict[str, dict[tuple[str, str], Quantiles]] = dataclasses.field(default_factory=dict)
 
 
 def _build(
@@ -101,7 +137,7 @@ def _build(
             except Unavailable as error:
                 reason = str(error)
         elif provider.name in results.plan.left_out:
-            reason = "left out of --quick unless --provider names it"
+            reason = "left out of a quick run unless --provider names it"
         else:
             continue
         without = results.unavailable.setdefault((provider.name, reason), [])
@@ -126,50 +162,112 @@ def _right_calls(
     return calls if BASELINE in calls or BASELINE not in functions else {}
 
 
-def _measure_time(case: Case, clock: Sampler, results: Results) -> None:
-    for mode in results.plan.modes:
-        functions = _build(case, mode, results)
-        calls = _right_calls(case, functions, mode, results)
-        if not calls:
-            continue
-        work = case.work(mode)
-        samples = interleaved(
-            calls,
-            clock,
-            budget_s=results.plan.budget_s,
-            fewest_rounds=case.benchmark.fewest_rounds,
-        )
-        if case.device.type == "cuda":
-            budget_s = results.plan.budget_s / 3
-            host = interleaved(calls, wall_clock(case.device), budget_s=budget_s, fewest_rounds=5)
-            for provider, seconds in host.items():
-                starting = Quantiles.of(second * 1e3 for second in seconds)
-                _record(case, provider, mode, {("cpu_time", "ms"): starting}, results)
-        for provider, seconds in samples.items():
-            bandwidth = [work.bytes / 1e9 / second for second in seconds]
-            metrics = {
-                ("time", "ms"): Quantiles.of(second * 1e3 for second in seconds),
-                ("bandwidth", "GB/s"): Quantiles.of(bandwidth),
-                ("of_copy_ceiling", "%"): Quantiles.of(
-                    100 * rate / results.ceilings.copy.p50 for rate in bandwidth
-                ),
+def _measure_time(
+    case: Case,
+    clock: Sampler,
+    results: Results,
+    timings: dict[tuple[str, str], _Timing],
+    is_first: bool,
+) -> None:
+    """A pass over a case's modes; in the first one providers are gated, and memory is counted."""
+    plan = results.plan
+    for mode in plan.modes:
+        key = (str(case), mode)
+        if is_first:
+            functions = _build(case, mode, results)
+            calls = _right_calls(case, functions, mode, results)
+            if not calls:
+                continue
+            shape = shape_name(case.shape)
+            timings[key] = _Timing(
+                *(str(case), case.benchmark.name, shape, case.dtype, mode), case.work(mode)
+            )
+        elif key in timings:
+            chosen = timings[key].passes[0]
+            functions = {
+                each.name: each.build(case, mode)
+                for each in case.benchmark.providers
+                if each.name in chosen
             }
-            if BASELINE in samples:
-                metrics["speedup", "x"] = paired_ratios(samples[BASELINE], seconds)
-            megabytes = peak_bytes(calls[provider], case.device) / 1e6
-            metrics["peak_memory", "MB"] = Quantiles(megabytes, megabytes, megabytes, 1)
-            function = functions[provider]
-            if mode == "fwd_bwd" and not isinstance(function, Floor):
-                megabytes = saved_bytes(case, function) / 1e6
-                metrics["saved_for_backward", "MB"] = Quantiles(megabytes, megabytes, megabytes, 1)
-            if work.matmul_flops:
-                rates = [work.matmul_flops / 1e12 / second for second in seconds]
-                ceiling = results.ceilings.matmul[case.dtype].p50
-                metrics["rate", "TFLOP/s"] = Quantiles.of(rates)
-                metrics["of_matmul_ceiling", "%"] = Quantiles.of(
-                    100 * rate / ceiling for rate in rates
-                )
-            _record(case, provider, mode, metrics, results)
+            calls = {name: case.call(function, mode) for name, function in functions.items()}
+        else:
+            continue
+        timing = timings[key]
+        fewest = max(case.benchmark.fewest_rounds // plan.passes, 2)
+        timing.passes.append(
+            interleaved(
+                calls,
+                clock,
+                budget_s=plan.budget_s / plan.passes,
+                fewest_rounds=fewest,
+                wanted_rounds=max(MIN_ROUNDS // plan.passes, fewest),
+            )
+        )
+        if is_first:
+            timing.metrics = _other_metrics(case, functions, calls, mode, results)
+
+
+def _other_metrics(
+    case: Case,
+    functions: Mapping[str, Function],
+    calls: Mapping[str, Call],
+    mode: str,
+    results: Results,
+) -> dict[str, dict[tuple[str, str], Quantiles]]:
+    """Memory, and on a GPU what starting a call costs the CPU."""
+    found: dict[str, dict[tuple[str, str], Quantiles]] = {name: {} for name in calls}
+    if case.device.type == "cuda":
+        budget_s = results.plan.budget_s / 3
+        host = interleaved(calls, wall_clock(case.device), budget_s=budget_s, fewest_rounds=5)
+        for provider, seconds in host.items():
+            found[provider]["cpu_time", "ms"] = Quantiles.of(second * 1e3 for second in seconds)
+    for provider, call in calls.items():
+        megabytes = peak_bytes(call, case.device) / 1e6
+        found[provider]["peak_memory", "MB"] = Quantiles(megabytes, megabytes, megabytes, 1)
+        function = functions[provider]
+        if mode == "fwd_bwd" and not isinstance(function, Floor):
+            megabytes = saved_bytes(case, function) / 1e6
+            found[provider]["saved_for_backward", "MB"] = Quantiles(
+                megabytes, megabytes, megabytes, 1
+            )
+    return found
+
+
+def _record_timing(timing: _Timing, results: Results) -> None:
+    if not timing.passes:
+        return
+    work = timing.work
+    samples = {
+        provider: [second for each in timing.passes for second in each[provider]]
+        for provider in timing.passes[0]
+    }
+    for provider, seconds in samples.items():
+        bandwidth = [work.bytes / 1e9 / second for second in seconds]
+        metrics = {
+            ("time", "ms"): Quantiles.of(second * 1e3 for second in seconds),
+            ("bandwidth", "GB/s"): Quantiles.of(bandwidth),
+            ("of_copy_ceiling", "%"): Quantiles.of(
+                100 * rate / results.ceilings.copy.p50 for rate in bandwidth
+            ),
+        }
+        if BASELINE in samples:
+            metrics["speedup", "x"] = paired_ratios(samples[BASELINE], seconds)
+            if provider != BASELINE:
+                ratios = [
+                    [b / o for b, o in zip(each[BASELINE], each[provider], strict=True)]
+                    for each in timing.passes
+                ]
+                # Rounds of one pass are more alike than passes are.
+                pairs = [statistics.median(of_pass) for of_pass in ratios]
+                key = (timing.name, timing.mode, provider)
+                results.pairs[key] = pairs if len(pairs) > 1 else ratios[0]
+        if work.matmul_flops:
+            rates = [work.matmul_flops / 1e12 / second for second in seconds]
+            ceiling = results.ceilings.matmul[timing.dtype].p50
+            metrics["rate", "TFLOP/s"] = Quantiles.of(rates)
+            metrics["of_matmul_ceiling", "%"] = Quantiles.of(100 * rate / ceiling for rate in rates)
+        metrics |= timing.metrics.get(provider, {})
+        _record(timing.kernel, timing.shape, timing.dtype, provider, timing.mode, metrics, results)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
@@ -230,26 +328,21 @@ def _measure_overhead(benchmark: Benchmark, device: torch.device, results: Resul
         samples = interleaved(calls, clock, budget_s=results.plan.budget_s)
         for provider, seconds in samples.items():
             overhead = Quantiles.of(second * 1e6 for second in seconds)
-            _record(case, provider, mode, {("cpu_time_per_call", "us"): overhead}, results)
+            shape = shape_name(case.shape)
+            metrics = {("cpu_time_per_call", "us"): overhead}
+            _record(benchmark.name, shape, dtype, provider, mode, metrics, results)
 
 
 def _record(
-    case: Case,
+    kernel: str,
+    shape: str,
+    dtype: str,
     provider: str,
     mode: str,
     metrics: Mapping[tuple[str, str], Quantiles],
     results: Results,
 ) -> None:
     results.measurements += [
-        Measurement(
-            case.benchmark.name,
-            provider,
-            mode,
-            shape_name(case.shape),
-            case.dtype,
-            metric,
-            unit,
-            value,
-        )
+        Measurement(kernel, provider, mode, shape, dtype, metric, unit, value)
         for (metric, unit), value in metrics.items()
     ]

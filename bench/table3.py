@@ -28,7 +28,7 @@ BASELINE = "baseline"
 # By construction they do what the baseline does: they show what the machine's noise is.
 CONTROLS = ("laion", "no_tanh_gating")
 # Of other tables of the paper's: no coefficient is fitted to them.
-_EXTRA = "extra"
+EXTRA = "extra"
 
 # Chips as multiples of the baseline's, by which the paper multiplies the time (table 10). A cost
 # that chips don't share, as that of parameters, is multiplied by it.
@@ -48,6 +48,7 @@ class Prediction:
         chips: as a multiple of the baseline's.
         paper_parameters: in billions, as printed.
         paper_seconds: of a step.
+        paper_score: "Overall score"; none of other tables' rows.
     """
 
     group: str
@@ -60,6 +61,7 @@ class Prediction:
     chips: int
     paper_parameters: str
     paper_seconds: float
+    paper_score: float | None = None
 
     @property
     def costs(self) -> tuple[float, float]:
@@ -112,7 +114,7 @@ class Fit:
 
 def of_table3(predictions: Iterable[Prediction]) -> list[Prediction]:
     """Table 3's own 18 rows."""
-    return [each for each in predictions if each.group != _EXTRA]
+    return [each for each in predictions if each.group != EXTRA]
 
 
 def differing(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -164,6 +166,7 @@ def _prediction(row: dict[str, str], config: FlamingoConfig, counts: ParameterCo
         chips=_CHIPS.get(row["row"], 1),
         paper_parameters=row["params_b"],
         paper_seconds=float(row["step_time_s"]),
+        paper_score=float(row["overall_score"]) if row["overall_score"] else None,
     )
 
 

@@ -1,4 +1,10 @@
-"""Sizes at which table 3 is measured: the paper's rows with everything smaller, in proportion."""
+"""Sizes at which table 3 is measured: the paper's rows, or with everything smaller, in proportion.
+
+They were chosen before anything was measured, by operations alone: no row's, over the baseline's,
+are more than 0.05 from those at full size. Encoders have the paper's proportions as far as timm has
+any of them, and with half of the language model's layers the resampler, whose depth some rows
+change, is narrower than in proportion.
+"""
 
 import dataclasses
 from typing import Any
@@ -16,11 +22,12 @@ class Scale:
     """What a row's config and batches become.
 
     Attributes:
-        encoders: in place of the paper's vision encoders, a name and an image size.
+        encoders: in place of the paper's vision encoders, a name and an image size; none: those.
         resampler, lm: fields of those parts. The conditioning's heads are the language model's, and
             its media are as wide.
         num_layers: of grafting's stack.
         samples_divisor, tokens_divisor: of the paper's batch sizes, and of its texts' lengths.
+        about: how long it takes, for people.
     """
 
     name: str
@@ -30,10 +37,12 @@ class Scale:
     num_layers: int
     samples_divisor: int
     tokens_divisor: int
+    about: str = ""
 
     def config(self, config: FlamingoConfig) -> FlamingoConfig:
         """Of one of `table3_configs`: what its row changes stays changed."""
-        encoder, image_size = self.encoders[config.vision.encoder]
+        unchanged = config.vision.encoder, config.vision.image_size
+        encoder, image_size = self.encoders.get(config.vision.encoder, unchanged)
         lm = dataclasses.replace(config.lm, **self.lm)
         return dataclasses.replace(
             config,
@@ -83,27 +92,59 @@ class Scale:
                 for field in dataclasses.fields(old)
                 if getattr(old, field.name) != getattr(new, field.name)
             ]
-            lines.append(f"{part}: {', '.join(fields)}")
-        encoders = ", ".join(
-            f"{old} -> {name} at {size} px" for old, (name, size) in self.encoders.items()
-        )
+            lines += [f"{part}: {', '.join(fields)}"] if fields else []
+        encoders = [f"{old} -> {name} at {size} px" for old, (name, size) in self.encoders.items()]
         batches = ", ".join(
             f"{name} {each.samples} x {each.tokens}" for name, each in self.passes(full).items()
         )
         return [
-            f"vision: {encoders}",
-            *lines,
+            *([f"vision: {', '.join(encoders)}"] if encoders else []),
+            *(lines or ["models: as in the paper"]),
             f"batches: samples / {self.samples_divisor}, tokens / {self.tokens_divisor} "
             f"({batches}); 5 images or 1, 8 frames of a video, as in the paper",
         ]
 
 
-SCALES = {
-    # Chosen before anything was measured, so that no row's operations over the baseline's are more
-    # than 0.05 from those at full size. Encoders have the paper's proportions as far as timm has
-    # any of them: width a 16th of NFNet-F6's, NFNet-F0's operations a 7th of that one's (a 6th in
-    # full size), CLIP's 0.9 of it (0.7) with twice as many tokens (2.6 times).
-    "micro": Scale(
+_ALL = (
+    Scale(
+        name="full",
+        encoders={},
+        resampler={},
+        lm={},
+        num_layers=12,
+        samples_divisor=64,
+        tokens_divisor=1,
+        about="the paper's models; a GPU, or minutes a step and 24 GB",
+    ),
+    Scale(
+        name="half",
+        encoders={
+            "nfnet_f6": ("nfnet_f1", 208),
+            "nfnet_f0": ("nfnet_l0", 160),
+            "clip_vit_l14": ("vit_base_patch16_clip_224", 176),
+        },
+        resampler={"dim": 768, "heads": 8, "dim_head": 128, "num_latents": 32},
+        lm={"vocab_size": 16000, "dim": 1024, "depth": 24, "heads": 8, "dim_head": 128},
+        num_layers=12,
+        samples_divisor=64,
+        tokens_divisor=2,
+        about="a GPU, or a minute a step",
+    ),
+    Scale(
+        name="mini",
+        encoders={
+            "nfnet_f6": ("test_nfnet", 160),
+            "nfnet_f0": ("nfnet_mini", 160),
+            "clip_vit_l14": ("vit_tiny_patch16_224", 96),
+        },
+        resampler={"dim": 128, "heads": 5, "dim_head": 32, "num_latents": 12},
+        lm={"vocab_size": 2560, "dim": 320, "depth": 12, "heads": 5, "dim_head": 64},
+        num_layers=6,
+        samples_divisor=64,
+        tokens_divisor=4,
+        about="10 minutes on 2 cores",
+    ),
+    Scale(
         name="micro",
         encoders={
             "nfnet_f6": ("test_nfnet", 96),
@@ -115,5 +156,7 @@ SCALES = {
         num_layers=6,
         samples_divisor=64,
         tokens_divisor=4,
-    )
-}
+        about="5 minutes on 2 cores",
+    ),
+)
+SCALES = {scale.name: scale for scale in _ALL}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import random
 import statistics
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 MIN_ROUNDS = 15
+_CONFIDENCE = 0.95
 MAX_ROUNDS = 200
 # What MIN_ROUNDS may take where fewer are allowed.
 _LONG_S = 10.0
@@ -40,13 +42,38 @@ class Quantiles:
         return cls(statistics.median(values), deciles[1], deciles[7], len(values))
 
 
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Between which a median is, with the probability `confidence`."""
+
+    low: float
+    high: float
+    confidence: float
+
+    @classmethod
+    def of_median(cls, samples: Sequence[float]) -> "Interval":
+        """Of independent samples of any distribution: two of them, by their ranks.
+
+        The narrowest with a confidence of 0.95, as near around the median as there is one; of
+        fewer than six samples it is all of them, and less sure.
+        """
+        ordered, count = sorted(samples), len(samples)
+        for skipped in range((count - 1) // 2, -1, -1):
+            # The median is outside if at most `skipped` samples are on one of its sides.
+            outside = 2 * sum(math.comb(count, k) for k in range(skipped + 1)) / 2**count
+            if 1 - outside >= _CONFIDENCE or not skipped:
+                return cls(ordered[skipped], ordered[-1 - skipped], 1 - outside)
+        raise ValueError("samples: expected at least one, got none")
+
+
 def paired_ratios(baseline: Sequence[float], other: Sequence[float]) -> Quantiles:
     """How many times faster `other` is: quantiles of the ratios of samples from the same round."""
     return Quantiles.of(b / o for b, o in zip(baseline, other, strict=True))
 
 
-def wall_clock(device: torch.device, repeats: int = 1) -> Sampler:
-    """Seconds of one of `repeats` calls on the CPU's clock; on a GPU what starting it costs."""
+def wall_clock(device: torch.device, repeats: int = 1, *, synchronize: bool = False) -> Sampler:
+    """Seconds of one of `repeats` calls on the CPU's clock; on a GPU what starting it costs, or
+    with `synchronize` all of it."""
 
     def sample(call: Callable[[], object]) -> float:
         if device.type == "cuda":
@@ -55,6 +82,8 @@ def wall_clock(device: torch.device, repeats: int = 1) -> Sampler:
         for _ in range(repeats):
             # The result is held until the clock has stopped: freeing it is not the op's work.
             result = call()
+        if synchronize and device.type == "cuda":
+            torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - start
         del result
         return elapsed / repeats
@@ -105,18 +134,19 @@ def interleaved(
     *,
     budget_s: float,
     fewest_rounds: int = MIN_ROUNDS,
+    wanted_rounds: int = MIN_ROUNDS,
 ) -> dict[str, list[float]]:
     """Samples of each call in seconds; the i-th of all calls are from the same round.
 
-    As many rounds as fit into `budget_s`, but at least MIN_ROUNDS (as far as these fit into 10 s,
-    but always `fewest_rounds`) and at most MAX_ROUNDS, each in a new order, after one that warms
-    up. Compilation must be over.
+    As many rounds as fit into `budget_s`, but at least `wanted_rounds` (as far as these fit into
+    10 s, but always `fewest_rounds`) and at most MAX_ROUNDS, each in a new order, after one that
+    warms up. Compilation must be over.
     """
     start = time.perf_counter()
     for call in calls.values():
         sample(call)
     round_s = time.perf_counter() - start
-    least = max(min(MIN_ROUNDS, int(_LONG_S / round_s)), fewest_rounds)
+    least = max(min(wanted_rounds, int(_LONG_S / round_s)), fewest_rounds)
     rounds = min(max(int(budget_s / round_s), least), MAX_ROUNDS)
     order = list(calls)
     shuffle = random.Random(0).shuffle

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.table import Table
 
+from flamingo_fast.bench.tables import Table
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.models.generation import generate
@@ -59,13 +59,11 @@ def run(preset: str, dtype: torch.dtype, device: torch.device) -> list[Step]:
     return steps
 
 
-def render(preset: str, dtype: torch.dtype, steps: list[Step]) -> Table:
-    """A table of the steps."""
+def table(preset: str, dtype: torch.dtype, steps: list[Step]) -> Table:
+    """A row for each step."""
     name = str(dtype).removeprefix("torch.")
-    table = Table("step", "seconds", "peak memory, GB", title=f"{preset}, {name}")
-    for step in steps:
-        table.add_row(step.name, f"{step.seconds:.2f}", f"{step.peak_bytes / 1e9:.1f}")
-    return table
+    rows = [[each.name, f"{each.seconds:.2f}", f"{each.peak_bytes / 1e9:.1f}"] for each in steps]
+    return Table(f"{preset}, {name}", ("step", "seconds", "peak memory, GB"), rows, 1)
 
 
 def _peak_bytes(device: torch.device) -> int:

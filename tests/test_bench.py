@@ -24,16 +24,17 @@ from typer.testing import CliRunner, Result
 import flamingo_fast
 from flamingo_fast.bench import (
     attention,
+    growth,
     latent,
     pairs,
     plan,
     plot,
     records,
     registry,
-    report,
     roofline,
     several_media,
     several_media_work,
+    tables,
     timing,
     work,
 )
@@ -339,9 +340,15 @@ def test_torch_compile_is_unavailable_without_what_it_needs(
             ["--op", "masked_cross_attention", "--shape", "8x8"],
             ["BxLxNxHxDxR", "8x256x5x16x128x64"],
         ),
-        (["--growth", "--shape", "8x8"], ["growth chooses its shapes"]),
-        (["--growth", "--op", "squared_relu"], ["unknown op 'squared_relu'", ATTENTION.name]),
+        (["growth", "--shape", "8x8"], ["growth chooses its shapes"]),
+        (["growth", "--op", "squared_relu"], ["unknown op 'squared_relu'", ATTENTION.name]),
         (["--out", __file__], ["is a file"]),
+        (["speed"], ["suite: expected some of ops, modules, decode", "got 'speed'"]),
+        (["memory", "--dtype", "int8"], ["unknown dtype 'int8'"]),
+        (["table3", "--scale", "huge"], ["scale: expected one of full, half, mini, micro"]),
+        (["table3", "--rows", "every_5th"], ["rows: expected some of baseline", "'every_5th'"]),
+        (["table3", "--impl", "cuda"], ["impl: expected one of auto, reference, peer"]),
+        (["model", "--preset", "flamingo-4b"], ["preset: ", "'flamingo-4b'"]),
     ],
 )
 def test_a_wrong_option_is_named(args: list[str], expected: list[str], tmp_path: Path) -> None:
@@ -398,14 +405,14 @@ def test_bandwidth_is_useful_bytes_over_time(quick_run: tuple[Result, Path]) -> 
 
 def test_a_quick_run_draws_and_reports(quick_run: tuple[Result, Path]) -> None:
     result, out = quick_run
-    image = (out / "report.png").read_bytes()
+    image = (out / "ops.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
     markdown = (out / "report.md").read_text()
     for text in ("x vs eager", "GB/s", "% of copy", "Measured ceilings", "16x64", "us |"):
         assert text in markdown
     assert str(out / "report.md") in result.output
     # Nothing that was not run is passed over.
-    assert "left out of --quick" in markdown and "Liger's kernels need a GPU" in markdown
+    assert "left out of a quick run" in markdown and "Liger's kernels need a GPU" in markdown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="predictions stand in for a GPU")
@@ -523,7 +530,7 @@ def test_nothing_is_compared_to_a_wrong_baseline(
     result = bench("--quick", "--shape", "16x64", "--mode", "fwd", "--out", str(tmp_path))
     assert result.exit_code == 1
     assert {r["provider"] for r in rows_of(tmp_path / "results.csv")} == {"torch"}
-    assert not (tmp_path / "report.png").exists()
+    assert not (tmp_path / "ops.png").exists()
 
 
 def rounds_badly(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -862,8 +869,10 @@ def test_without_a_baseline_there_are_times_but_no_ratios(
     assert {row["provider"] for row in rows} == {"ours"}
     metrics = {row["metric"] for row in rows}
     assert "speedup" not in metrics and {"time", "peak_memory", "rate"} <= metrics
-    assert "| eager | 1.1e+12 scores" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "report.png").exists()
+    assert (
+        "| eager (masked_cross_attention) | 1.1e+12 scores" in (tmp_path / "report.md").read_text()
+    )
+    assert (tmp_path / "ops.png").exists()
 
 
 def test_shapes_without_ops_are_for_the_ops_that_can_have_them() -> None:
@@ -910,7 +919,7 @@ GROWING = (ATTENTION.name, several_media.SPARSE)
 def growth_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     out = tmp_path_factory.mktemp("growth")
     ops = [argument for op in GROWING for argument in ("--op", op)]
-    return bench("--growth", "--quick", *ops, "--dtype", "fp32", "--out", str(out)), out
+    return bench("growth", "--quick", *ops, "--dtype", "fp32", "--out", str(out)), out
 
 
 def test_growth_measures_time_and_memory_by_images_and_tokens(
@@ -943,25 +952,25 @@ def test_growth_measures_time_and_memory_by_images_and_tokens(
 
 def test_growth_is_drawn(growth_run: tuple[Result, Path]) -> None:
     result, out = growth_run
-    for name in ("growth.png", "growth_sparse.png"):
+    for name in (f"growth_{op}.png" for op in GROWING):
         image = (out / name).read_bytes()
         assert image.startswith(b"\x89PNG") and len(image) > 10_000
         assert str(out / name) in result.output
-    assert not (out / "report.png").exists()
+    assert not (out / "ops.png").exists()
 
 
 def test_growth_is_of_one_size_at_a_time() -> None:
     by_images = [(1, 8, n, 1, 1, 1) for n in (4, 1, 2)]
     shapes = [*by_images, (1, 2, 4, 1, 1, 1)]
-    assert plot._series(shapes, 2) == sorted(by_images)
-    assert plot._series(shapes, 1) == [(1, 2, 4, 1, 1, 1), (1, 8, 4, 1, 1, 1)]
+    assert growth.series(shapes, 2) == sorted(by_images)
+    assert growth.series(shapes, 1) == [(1, 2, 4, 1, 1, 1), (1, 8, 4, 1, 1, 1)]
 
 
 # Tables and suite
 
 
 def test_markdown_table() -> None:
-    table = report.Table("Title", ("op", "GPU\nours"), [["a", "1.0"]], 1, ["note"])
+    table = tables.Table("Title", ("op", "GPU\nours"), [["a", "1.0"]], 1, ["note"])
     assert table.markdown().splitlines() == [
         *("## Title", "", "| op | GPU ours |", "| --- | ---: |", "| a | 1.0 |", "", "- note")
     ]

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "flamingo_fast"
 # Lowest first; a module imports its own layer and those before it. `flamingo_fast` is the package's
 # __init__.py, which offers what the layers before it have.
 LAYERS = (
-    {"reference", "schedule", "layout", "nvtx", "watchers", "gpus"},
+    {"reference", "schedule", "layout", "nvtx", "ranges", "watchers", "gpus"},
     {"kernels"},
     {"ops"},
     {"modules"},

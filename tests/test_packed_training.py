@@ -24,4 +24,4 @@ def test_what_is_measured():
         assert each.rows[0] == 4 > each.rows[1]
         assert each.padding[0] > each.padding[1]
         assert each.gain.samples >= 5
-    assert packed_training.render(results).row_count == 2
+    assert len(packed_training.table(results).rows) == 2

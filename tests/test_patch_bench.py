@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from flamingo_fast.bench import patching, patching_models, records, timing
+from flamingo_fast.bench import patching, patching_models, timing
 from flamingo_fast.bench.patching_models import PEERS, Case, Peer, Sizes
 from flamingo_fast.cli import app
 from flamingo_fast.patching import Rule, register, unregister
@@ -100,7 +100,7 @@ def run(dtype: str = "fp32", peer: Peer = TOY, **options: Any) -> patching.Resul
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_what_is_measured(dtype: str, rule: Callable[..., None], tmp_path: Path) -> None:
+def test_what_is_measured(dtype: str, rule: Callable[..., None]) -> None:
     rule(right)
     results = run(dtype)
     assert not (results.failures or results.notes)
@@ -115,10 +115,8 @@ def test_what_is_measured(dtype: str, rule: Callable[..., None], tmp_path: Path)
         ["toy", "forward", "2x8, 1 images", dtype],
         ["toy", "train", "2x8, 1 images", dtype],
     ]
-    for path in patching.write(results, tmp_path):
-        assert "toy" in path.read_text()
-    rows = records.read_csv(tmp_path / "results.csv")
-    assert {(row["kernel"], row["provider"], row["metric"]) for row in rows} == {
+    rows = [row for each in results.measured for row in each.measurements()]
+    assert {(row.kernel, row.provider, row.metric) for row in rows} == {
         ("patch_toy", "unpatched", "time"),
         ("patch_toy", "patched", "time"),
         ("patch_toy", "patched", "speedup"),
@@ -192,6 +190,9 @@ def test_gates_are_open() -> None:
         assert gates or peer.name == "idefics2_perceiver"
 
 
+FILES = ["index.html", "report.md", "results.csv", "results.json"]
+
+
 def bench(*args: str) -> Any:
     return CliRunner().invoke(app, ["bench", *args])
 
@@ -199,11 +200,10 @@ def bench(*args: str) -> Any:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--patch", "nothing"], ["unknown family 'nothing'", "open_flamingo", "mllama"]),
-        (["--patch", "idefics.decode"], ["unknown family 'idefics.decode'"]),
-        (["--patch", "--dtype", "int8"], ["unknown dtype 'int8'"]),
-        (["idefics"], ["idefics: expected --patch"]),
-        (["--patch", "--out", __file__], ["is a file"]),
+        (["patch", "--case", "nothing"], ["unknown family 'nothing'", "open_flamingo", "mllama"]),
+        (["patch", "--case", "idefics.decode"], ["unknown family 'idefics.decode'"]),
+        (["patch", "--dtype", "int8"], ["unknown dtype 'int8'"]),
+        (["patch", "--out", __file__], ["is a file"]),
     ],
 )
 def test_a_wrong_option_is_named(args: list[str], expected: list[str]) -> None:
@@ -224,12 +224,12 @@ def test_the_command(
 ) -> None:
     rule(forward)
     monkeypatch.setattr(patching_models, "PEERS", {"toy": TOY})
-    args = ["--patch", "toy", "--quick", "--dtype", "bf16", "--out", str(tmp_path)]
+    args = ["patch", "--case", "toy", "--quick", "--dtype", "bf16", "--out", str(tmp_path)]
     result = bench(*args)
     assert result.exit_code == code, result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["patching.md", "results.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     # The slow case only if it is asked for.
     assert ("FAILED: toy.forward" if code else "forward") in result.output
     assert "train" not in result.output.replace("(train)", "")
     if code == 0:
-        assert "train" in bench(*args, "toy.train").output.replace("(train)", "")
+        assert "train" in bench(*args, "--case", "toy.train").output.replace("(train)", "")

@@ -1,11 +1,9 @@
-"""Table 3 measured: what a scale keeps of the paper's rows, data, paired ratios, the command."""
+"""Table 3 measured: what a scale keeps of the paper's rows, data, steps, paired ratios."""
 
-import csv
 import dataclasses
 import itertools
 import math
-import sys
-from pathlib import Path
+import statistics
 
 import pytest
 import torch
@@ -13,21 +11,22 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from flamingo_fast import cli  # noqa: E402
-from flamingo_fast.bench import table3, table3_measured  # noqa: E402
+from flamingo_fast import reference  # noqa: E402
+from flamingo_fast.bench import table3_measured  # noqa: E402
 from flamingo_fast.bench.agreement import Agreement, spearman  # noqa: E402
 from flamingo_fast.bench.table3 import CONTROLS  # noqa: E402
 from flamingo_fast.bench.table3_measured import (  # noqa: E402
-    Interval,
     Measurement,
-    Step,
+    Session,
+    Store,
     check_rows,
-    measure,
-    synthetic_batch,
 )
 from flamingo_fast.bench.table3_scales import SCALES  # noqa: E402
+from flamingo_fast.bench.table3_steps import Step, synthetic_batch  # noqa: E402
+from flamingo_fast.bench.timing import Interval  # noqa: E402
 from flamingo_fast.models import work  # noqa: E402
 from flamingo_fast.models.presets import table3_configs  # noqa: E402
+from flamingo_fast.testing import eager  # noqa: E402
 from flamingo_fast.training.throughput import WorkCounter  # noqa: E402
 
 MICRO = SCALES["micro"]
@@ -44,13 +43,14 @@ SMALLEST = dataclasses.replace(
 )
 
 
-def test_no_rows_operations_are_in_another_proportion_than_the_papers():
-    configs = table3_configs()
+@pytest.mark.parametrize("name", SCALES)
+def test_no_rows_operations_are_in_another_proportion_than_the_papers(name):
+    scale, configs = SCALES[name], table3_configs()
     base = configs["baseline"]
-    full, small = work.step_flops(base).total, MICRO.flops(MICRO.config(base)).total
+    full, small = work.step_flops(base).total, scale.flops(scale.config(base)).total
     for row, config in configs.items():
         expected = work.step_flops(config).total / full
-        found = MICRO.flops(MICRO.config(config)).total / small
+        found = scale.flops(scale.config(config)).total / small
         assert found == pytest.approx(expected, abs=0.05), row
         if row in CONTROLS:
             assert found == 1
@@ -130,26 +130,148 @@ def test_every_row_trains():
         assert parts == expected, row
 
 
-def test_ratios_are_of_neighbours(monkeypatch):
-    """On a machine that gets slower and slower, and a row that takes twice the baseline's time."""
+class Fake:
+    """A step that takes so long on a machine that gets slower and slower."""
+
     now, slowness = 0.0, 1.0
-    seconds = {"every_4th": 2.0, "baseline": 1.0}
-    base = MICRO.config(table3_configs()["baseline"])
 
-    def fake(config, scale, device):
-        def step():
-            nonlocal now, slowness
-            row = "baseline" if config == base else "every_4th"
-            slowness *= 1.01
-            now += seconds[row] * slowness
+    def __init__(self, config, scale, device, **options):
+        self.seconds = 1.0 if config == scale.config(table3_configs()["baseline"]) else 2.0
 
-        return step
+    def __call__(self):
+        Fake.slowness *= 1.01
+        Fake.now += self.seconds * Fake.slowness
 
-    monkeypatch.setattr(table3_measured, "Step", fake)
-    (measured,) = measure(MICRO, ["every_4th"], 9, CPU, clock=lambda: now)
+    def static_bytes(self):
+        return 30
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(table3_measured, "Step", Fake)
+    monkeypatch.setattr(
+        table3_measured, "part_seconds", lambda step, repeats: {"lm": step.seconds, "vision": 1.0}
+    )
+    monkeypatch.setattr(table3_measured, "peak_bytes", lambda call, device: 12)
+    Fake.now, Fake.slowness = 0.0, 1.0
+
+
+def test_ratios_are_of_neighbours(fake):
+    session = Session(MICRO, ["every_4th"], 9, CPU, clock=lambda: Fake.now)
+    steps = []
+    session.progress = lambda row, done: steps.append(done)
+    (measured,) = session.run()
     assert len(measured.seconds) == len(measured.baseline_seconds) == 9
     assert measured.ratio == pytest.approx(2, abs=0.03)
     assert measured.flops_ratio == pytest.approx(0.72, abs=0.02)
+    assert (measured.scale, measured.precision, measured.is_alone) == ("micro", "fp32", False)
+    assert measured.peak_bytes == 42 and measured.parts["lm"] == 2
+    assert measured.baseline_parts["lm"] == 1
+    assert steps == sorted(steps) and steps[-1] == session.total_steps
+
+
+def test_controls_and_the_baseline_are_measured_like_any_row(fake):
+    session = Session(MICRO, ["baseline", "laion"], 2, CPU, clock=lambda: Fake.now)
+    for measured in session.run():
+        assert measured.seconds != measured.baseline_seconds
+        assert measured.ratio != 1
+
+
+@pytest.mark.parametrize("impl", ["reference", "peer"])
+def test_other_ops_are_timed_in_the_same_rounds(impl, fake):
+    (measured,) = Session(MICRO, ["mlp"], 3, CPU, impl, clock=lambda: Fake.now).run()
+    assert measured.impl == impl
+    assert statistics.median(measured.speedups) == pytest.approx(1, abs=0.05)
+
+
+def test_one_model_at_a_time_where_no_more_fit(fake):
+    session = Session(SCALES["full"], ["baseline", "every_4th"], 2, CPU, clock=lambda: Fake.now)
+    steps = []
+    session.progress = lambda row, done: steps.append(done)
+    base, other = session.run()
+    assert base.is_alone and other.is_alone
+    assert base.precision == "bf16 states"
+    assert base.seconds == other.baseline_seconds and base.ratio == 1
+    assert other.ratio == pytest.approx(2, abs=0.3)
+    assert steps[-1] == session.total_steps
+    session = Session(SCALES["full"], ["mlp"], 3, CPU, "peer", clock=lambda: Fake.now)
+    session.progress = lambda row, done: steps.append(done)
+    (measured,) = session.run()
+    assert len(measured.other_seconds) == 3 and steps[-1] == session.total_steps
+
+
+@pytest.mark.parametrize("impl", ["reference", "peer"])
+def test_rows_have_the_same_losses_with_other_ops(impl):
+    step = Step(SMALLEST.config(table3_configs()["every_2nd"]), SMALLEST, CPU)
+    losses = []
+
+    def loss():
+        model, batch = step.train_step.model.eval(), step.batches["m3w"]
+        with torch.no_grad():
+            for block in model.conditioning.blocks:
+                block.attn_gate.fill_(0.5)
+            found = model(
+                batch.input_ids,
+                videos=batch.pixels,
+                labels=batch.labels,
+                num_media=batch.num_media,
+                attend=batch.attend,
+            )
+        losses.append(float(found.loss))
+
+    calls = []
+    original = eager.masked_cross_attention
+    loss()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            eager,
+            "masked_cross_attention",
+            lambda *args, **options: calls.append(1) or original(*args, **options),
+        )
+        table3_measured._with_ops(impl, loss)()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # Theirs ran, and is not left in place of the reference.
+    assert bool(calls) == (impl == "peer")
+    assert reference.masked_cross_attention.__module__ == "flamingo_fast.reference"
+
+
+def test_bf16_states_have_no_master_weights():
+    step = Step(SMALLEST.config(table3_configs()["baseline"]), SMALLEST, CPU, "bf16 states")
+    step()
+    state = step.train_step.state()
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        assert {each.dtype for each in state[name].values()} == {torch.bfloat16}
+    # Of closed gates, which the resampler is behind.
+    assert state["exp_avg_sq"]["conditioning.blocks.0.attn_gate"] > 0
+    wide = Step(SMALLEST.config(table3_configs()["baseline"]), SMALLEST, CPU, "bf16")
+    assert {each.dtype for each in wide.train_step.state()["weights"].values()} == {torch.float32}
+    # Of 2 bytes each: weights, and two moments of what is trained.
+    model = step.train_step.model
+    numel = sum(each.numel() for each in model.parameters())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    buffers = sum(each.untyped_storage().nbytes() for each in model.buffers())
+    assert step.static_bytes() == 2 * (numel + 2 * trained) + buffers
+    assert wide.static_bytes() >= 2 * numel + 12 * trained
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    flops = work.Flops(1, 2, 3, 4)
+    one = Measurement("mlp", (1.0, 2.0), (0.5, 1.0), flops, flops, parts={"lm": 0.1}, impl="peer")
+    store = Store(tmp_path / "new" / "table3.jsonl", {"commit": "a", "pairs": 2})
+    assert store.read() == {}
+    store.add(one)
+    store.add(dataclasses.replace(one, row="laion", other_seconds=(3.0, 4.0)))
+    with store.path.open("a") as file:
+        file.write('{"about": {"commit": "a", "pairs": 2}, "row": "cut o')
+    store.add(dataclasses.replace(one, row="every_4th"))
+    assert store.read() == {
+        "mlp": one,
+        "laion": dataclasses.replace(one, row="laion", other_seconds=(3.0, 4.0)),
+        "every_4th": dataclasses.replace(one, row="every_4th"),
+    }
+    # Of another machine, commit or number of pairs nothing is mixed in.
+    assert Store(store.path, {"commit": "b", "pairs": 2}).read() == {}
+    assert Store(store.path, {"commit": "a", "pairs": 2}, resume=False).read() == {}
 
 
 def test_a_loss_that_is_not_finite_stops_the_measurement():
@@ -186,87 +308,16 @@ def test_spearman():
 
 
 def test_rows_are_in_the_tables_order_and_others_refused():
-    assert check_rows(["mlp", "baseline", "every_4th"]) == ["every_4th", "mlp"]
-    assert len(check_rows([])) == 22
+    assert check_rows(["mlp", "baseline", "every_4th"]) == ["baseline", "every_4th", "mlp"]
+    # Rows of other tables are there by name alone.
+    assert len(check_rows([])) == 18
+    assert "m3w_only" not in check_rows([]) and check_rows(["m3w_only"]) == ["m3w_only"]
     with pytest.raises(ValueError, match="rows: expected some of baseline, .*; got 'every_5th'"):
         check_rows(["every_5th"])
     with pytest.raises(ValueError, match="pairs: expected at least 1, got 0"):
-        next(measure(MICRO, ["mlp"], 0, CPU))
-
-
-def _predictions():
-    """The two rows that the test of the command measures, without counting all of them."""
-    configs, csv_rows = table3_configs(), table3.read_table3()
-    return [
-        table3.Prediction(
-            *(each["group"], each["row"], each["changed_value"], 3_000_000, 1_000_000, 4),
-            *(work.step_flops(configs[each["row"]]).total, 1, each["params_b"]),
-            float(each["step_time_s"]),
-        )
-        for each in csv_rows
-        if each["row"] in ("baseline", "every_4th", "round_robin", "wo_m3w")
-    ]
-
-
-def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["flamingo-fast", "table3", *arguments])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    captured = capsys.readouterr()
-    return exit.value.code or 0, captured.out, captured.err
-
-
-def test_command(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(table3, "predict", _predictions)
-    monkeypatch.setitem(SCALES, "smallest", SMALLEST)
-    file = tmp_path / "measured.csv"
-    code, out, _ = run_command(
-        monkeypatch,
-        capsys,
-        *("--scale", "smallest", "--rows", "every_4th", "--steps", "2", "--csv", str(file)),
-    )
-    assert code == 0
-    line = next(line for line in out.splitlines() if line.startswith("│ every_4th"))
-    cells = [cell.strip() for cell in line.strip("│").split("│")]
-    with file.open(newline="") as lines:
-        (row,) = csv.DictReader(lines)
-    assert (cells[2], row["paper_ratio"]) == ("0.586", f"{1.02 / 1.74:.6g}")
-    columns = ("measured_ratio", "median_s", "flops_here_ratio", "flops_ratio")
-    assert [cells[i] for i in (3, 5, 6, 7)] == [f"{float(row[name]):.3f}" for name in columns]
-    assert cells[4] == f"[{float(row['low']):.3f}, {float(row['high']):.3f}]"
-    assert (row["pairs"], row["confidence"]) == ("2", "0.5")
-    assert float(row["low"]) <= float(row["measured_ratio"]) <= float(row["high"])
-    assert "2 pairs a row" in out
-    assert "dim 2048 -> 24" in out
-    assert "threads, Python" in out
-
-
-def test_agreement_is_shown_over_rows_that_are_no_controls():
-    rows = {"every_4th": 0.7, "round_robin": 1.1, "wo_m3w": 0.5}
-    measurements = [
-        Measurement(row, (ratio,) * 3, (1.0,) * 3, round(ratio * 1000), 1000)
-        for row, ratio in rows.items()
-    ]
-    lines = table3_measured._agreement(measurements, _predictions())
-    assert "flops here: rank correlation 1.000, mean absolute error 0.000, over 3 rows" in lines[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--scale", "huge"], "scale: expected one of micro; got 'huge'"),
-        (["--scale", "micro", "--rows", "x"], "rows: expected some of baseline"),
-        (["--scale", "micro", "--rows", "baseline"], "rows: expected others than the baseline"),
-        (["--rows", "mlp"], "rows: expected --scale with it"),
-        (["--device", "cpu"], "device: expected --scale with it"),
-        (["--scale", "micro", "--device", "nonsense"], "nonsense"),
-    ],
-)
-def test_wrong_options_are_one_line(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(table3_measured, "measure", lambda *_: pytest.fail("measured"))
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert message in " ".join(err.replace("│", " ").split())
+        Session(MICRO, ["mlp"], 0, CPU)
+    with pytest.raises(ValueError, match="impl: expected one of auto, reference, peer; got 'x'"):
+        Session(MICRO, ["mlp"], 1, CPU, "x")
 
 
 def test_agreement():

@@ -7,26 +7,27 @@ import torch
 
 from flamingo_fast.bench import records
 from flamingo_fast.bench.correctness import is_only_rounding, problems
-from flamingo_fast.bench.plan import BASELINE, make_plan
+from flamingo_fast.bench.plan import BASELINE, BENCHMARKS, make_plan
 from flamingo_fast.bench.registry import Benchmark, Case, Provider, Shape, Unavailable, shape_name
 
-PLAN = make_plan()
+PLANS = (make_plan(), make_plan(growth=True))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Cases vary slowest, so each is made once.
-PARAMETERS = [
-    pytest.param(
+# Cases vary slowest, so each is made once. Some shapes of growth are among the others.
+PARAMETERS = {
+    f"{benchmark.name}-{shape_name(shape)}-{dtype}-{mode}-{provider.name}": (
         benchmark,
         shape,
         dtype,
         mode,
         provider,
-        id=f"{benchmark.name}-{shape_name(shape)}-{dtype}-{mode}-{provider.name}",
     )
-    for benchmark, shape, dtype in PLAN.cases
-    for mode in PLAN.modes
+    for plan in PLANS
+    for benchmark, shape, dtype in plan.cases
+    for mode in plan.modes
     for provider in benchmark.providers
-]
+    if provider.name in plan.providers
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,11 +37,12 @@ def _threads() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _case(name: str, shape: Shape, dtype: str) -> Case:
-    benchmark = next(b for b in PLAN.benchmarks if b.name == name)
-    return Case(benchmark, shape, dtype, DEVICE)
+    return Case(BENCHMARKS[name], shape, dtype, DEVICE)
 
 
-@pytest.mark.parametrize(("op", "shape", "dtype", "mode", "provider"), PARAMETERS)
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype", "mode", "provider"), PARAMETERS.values(), ids=PARAMETERS
+)
 def test_op(
     benchmark, op: Benchmark, shape: Shape, dtype: str, mode: str, provider: Provider
 ) -> None:

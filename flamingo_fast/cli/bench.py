@@ -1,7 +1,8 @@
 """Commands that measure."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,67 +10,28 @@ from rich.console import Console
 from flamingo_fast.cli.app import app, check_writable, wide_console
 
 if TYPE_CHECKING:
-    import torch
+    from flamingo_fast.bench.suites import Settings
 
-
-def _bench_packing(device: "torch.device") -> None:
-    from flamingo_fast.bench import packed_training, records
-
-    records.set_threads()
-    try:
-        measured = packed_training.run(device)
-    except ImportError as error:
-        raise typer.BadParameter(f"packing: {error}") from error
-    Console().print(packed_training.render(measured))
-
-
-def _bench_model(preset: str, dtype: str, device: "torch.device") -> None:
-    from flamingo_fast.bench import records, whole_model
-    from flamingo_fast.bench.registry import DTYPES
-    from flamingo_fast.models.config import ConfigError
-
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    records.set_threads()
-    try:
-        steps = whole_model.run(preset, DTYPES[dtype], device)
-    except (ConfigError, ImportError) as error:
-        raise typer.BadParameter(f"model: {error}") from error
-    Console().print(whole_model.render(preset, DTYPES[dtype], steps))
-
-
-def _bench_patch(
-    names: tuple[str, ...],
-    dtypes: tuple[str, ...],
-    quick: bool,
-    out: Path,
-    device: "torch.device",
-) -> None:
-    from flamingo_fast.bench import patching, patching_models, plan, records, report
-
-    try:
-        plan.check_dtypes(dtypes)
-        chosen = patching_models.selected(names, quick)
-        report.check_out(out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    records.set_threads()
-    with Console(stderr=True).status("") as status:
-        results = patching.run(chosen, dtypes, device, quick=quick, progress=status.update)
-    patching.show(results)
-    for path in patching.write(results, out):
-        typer.echo(path)
-    if results.failures:
-        raise typer.Exit(1)
+_DEFAULT = ("ops", "modules", "decode")
+_Scale = Annotated[
+    str, typer.Option(help="Of table3: full, half, mini or micro; see docs/benchmarks.md.")
+]
+_Impl = Annotated[
+    str,
+    typer.Option(
+        help="Of table3: auto, or time each row with other ops, too: reference, peer "
+        "(OpenFlamingo's compositions)."
+    ),
+]
 
 
 @app.command()
 def bench(
-    family: Annotated[
+    suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="With --patch: models, such as idefics, or a case of one, such as "
-            "idefics.decode_16. Default: all.",
+            help="ops, modules, decode, model, memory, growth, patch, packing, table3, headline, "
+            "or all. Default: ops modules decode.",
             show_default=False,
         ),
     ] = None,
@@ -90,85 +52,150 @@ def bench(
         typer.Option(help="Beside eager, which always runs; may be repeated. Default: all."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One small shape, short, without torch.compile.")
+        bool, typer.Option("--quick", help="Small shapes, short, without torch.compile.")
     ] = False,
-    growth: Annotated[
-        bool,
-        typer.Option("--growth", help="Attention's time and memory with more and more images."),
-    ] = False,
-    model: Annotated[
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Of patch: such as idefics, or idefics.decode_16. Default: all."),
+    ] = None,
+    preset: Annotated[
         str | None,
         typer.Option(
-            help="Instead: build this preset with random weights, run it and generate 8 tokens; "
-            "in bf16, or the first --dtype."
+            help="Of model, too: build this preset with random weights, run it and generate 8 "
+            "tokens; in bf16, or the first --dtype."
         ),
     ] = None,
-    packing: Annotated[
-        bool,
-        typer.Option(
-            "--packing",
-            help="Instead: train flamingo-mini on image-text pairs, several in a row or one.",
-        ),
-    ] = False,
-    patch: Annotated[
-        bool,
-        typer.Option(
-            "--patch",
-            help="Instead: peers' whole models, before and after patch; all, or those named.",
-        ),
+    scale: _Scale = "mini",
+    rows: Annotated[
+        str | None, typer.Option(help="Of table3: such as every_4th,mlp. Default: its 18.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of table3: of each row.")] = 9,
+    impl: _Impl = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Of table3: go on from rows that --out has.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Folder of results.csv, report.md and report.png (growth.png, patching.md). "
-            "Default: bench/results in a checkout, else bench_results.",
+            help="Folder of index.html, report.md, results.json and results.csv. Default: "
+            "results/<utc>-<commit> in a checkout, else bench_results.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Time our ops against PyTorch's and others', interleaved, after checking their results.
+    """Time what we have against PyTorch's and others', interleaved, after checking results.
 
-    Exits with 1 if a provider's outputs or gradients are wrong; it then has no numbers.
+    Ctrl-C keeps what is finished. Exits with 1 if a provider's outputs or gradients are wrong; it
+    then has no numbers.
     """
     import torch
 
-    from flamingo_fast.bench import plan, records, report, run
+    from flamingo_fast.bench import runner
+    from flamingo_fast.bench.suites import ALL, Settings
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = out or records.DEFAULT_OUT
-    if patch:
-        dtypes = tuple(dict.fromkeys(dtype or ("fp32", "bf16")))
-        _bench_patch(tuple(family or ()), dtypes, quick, out, device)
-        return
-    if family:
-        raise typer.BadParameter(f"{family[0]}: expected --patch with it")
-    if model is not None:
-        _bench_model(model, (dtype or ["bf16"])[0], device)
-        return
-    if packing:
-        _bench_packing(device)
-        return
+    names = list(dict.fromkeys(suites or _DEFAULT))
+    if "all" in names:
+        names = list(ALL)
+    if resume and out is None:
+        raise typer.BadParameter("resume: expected --out with it, where finished rows are")
+    out = out or runner.default_out()
+    settings = Settings(
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        ops=tuple(op or ()),
+        shapes=tuple(shape or ()),
+        dtypes=tuple(dict.fromkeys(dtype or ())),
+        modes=tuple(mode or ()),
+        providers=tuple(provider or ()),
+        quick=quick,
+        cases=tuple(case or ()),
+        preset=preset,
+        scale=scale,
+        rows=_split(rows),
+        pairs=steps,
+        impl=impl,
+        out=out,
+        resume=resume,
+    )
+    if preset is not None:
+        _check_preset(preset)
+    raise typer.Exit(_run(names, settings, out))
+
+
+def _split(names: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (names or "").split(",")))
+
+
+def _check_preset(preset: str) -> None:
+    from flamingo_fast.models.config import ConfigError, FlamingoConfig
+
     try:
-        chosen = plan.make_plan(
-            ops=op or (),
-            shapes=shape or (),
-            dtypes=dtype or (),
-            modes=mode or (),
-            providers=provider or (),
-            quick=quick,
-            growth=growth,
-        )
-        report.prepare(out)
-    except ValueError as error:
+        FlamingoConfig.preset(preset)
+    except ConfigError as error:
+        raise typer.BadParameter(f"preset: {error}") from error
+
+
+def _run(names: list[str], settings: "Settings", out: Path) -> int:
+    """Measures, writes and prints; 1 if something failed or was interrupted."""
+    import dataclasses
+    import shlex
+    import warnings
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from flamingo_fast.bench import records, runner
+    from flamingo_fast.bench.suites import check
+    from flamingo_fast.training.stream import StreamError
+
+    try:
+        check(names, settings)
+        runner.prepare(out)
+    except (StreamError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     records.set_threads()
-    with Console(stderr=True).status("") as status:
-        results = run.run(chosen, device, status.update)
-    report.show(results)
-    for path in report.write(results, out):
+    # Of peers' code, of what it calls.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    about = dataclasses.asdict(records.environment(settings.device))
+    # Files beside those of the commit, such as results, change nothing.
+    about |= {"commit": about["commit"].removesuffix("-dirty"), "changes": records.changes()}
+    settings = dataclasses.replace(settings, about=about)
+    report = None
+    paths: list[Path] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    command = shlex.join(["flamingo-fast", *sys.argv[1:]])
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        reports = runner.run(
+            names,
+            settings,
+            command,
+            lambda text, share: bar.update(task, description=text, completed=share),
+        )
+        for report in reports:
+            paths = runner.write(report, out)
+            last = report.sections[-1]
+            console.print(f"{last.title}: {last.seconds:.0f} s", highlight=False)
+    assert report is not None
+    runner.show(report)
+    for path in (*paths, out):
         typer.echo(path)
-    if results.failures:
-        raise typer.Exit(1)
+    return 1 if report.failures or report.is_interrupted else 0
+
+
+@app.command()
+def bench_compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a run of bench, or its results.json.")],
+    second: Annotated[Path, typer.Argument(help="Of another run.")],
+) -> None:
+    """Compare the ratios of two runs of bench: whether their intervals overlap."""
+    from flamingo_fast.bench import runner
+
+    try:
+        table, _ = runner.compare(first, second)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    wide_console().print(table.rich())
 
 
 @app.command()
@@ -182,21 +209,48 @@ def table3(
     scale: Annotated[
         str | None,
         typer.Option(
-            help="Measure, too: train models of the rows, made smaller. micro: minutes on 2 cores."
+            help="Measure, too: train models of the rows. full: the paper's sizes; half; mini: ten "
+            "minutes on 2 cores; micro: five."
         ),
     ] = None,
     rows: Annotated[
         str | None,
-        typer.Option(help="With --scale: rows, such as every_4th,mlp. Default: all."),
+        typer.Option(help="With --scale: rows, such as every_4th,mlp. Default: the table's 18."),
     ] = None,
     steps: Annotated[
-        int,
-        typer.Option(min=1, help="With --scale: steps of each row, and of the baseline with it."),
-    ] = 7,
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --scale: steps of each row, and of the baseline with it. Default: 9.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="With --scale: such as cuda:1. Default: a GPU if there is one."),
     ] = None,
+    impl: _Impl = "auto",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            exists=True,
+            help="With --scale: real samples, of a folder with shards m3w-*.tar, align-*.tar, "
+            "ltip-*.tar, vtp-*.tar, for its row laion-*.tar, and a tokenizer.json.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="With --scale: a report's folder. Default: as bench's.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="With --scale and --out: go on from the rows that it has."),
+    ] = False,
 ) -> None:
     """Predict the step times of the rows of the paper's table 3, beside the printed ones.
 
@@ -204,13 +258,22 @@ def table3(
     unless --scale is given.
     """
     check_writable("csv", csv_file)
-    if scale is not None:
-        _table3_measured(scale, rows, steps, device, csv_file)
+    given: dict[str, Any] = {"rows": rows, "steps": steps, "device": device}
+    given |= {"data": data, "out": out}
+    given |= {"resume": resume or None, "impl": None if impl == "auto" else impl}
+    if scale is None:
+        if name := next((name for name, value in given.items() if value is not None), None):
+            raise typer.BadParameter(
+                f"{name}: expected --scale with it; predictions are of all rows"
+            )
+        _predict(csv_file)
         return
-    if rows is not None or device is not None:
-        name = "rows" if rows is not None else "device"
-        raise typer.BadParameter(f"{name}: expected --scale with it; predictions are of all rows")
+    if resume and out is None:
+        raise typer.BadParameter("resume: expected --out with it, where finished rows are")
+    _table3_measured(scale, _split(rows), steps or 9, device, impl, data, csv_file, out, resume)
 
+
+def _predict(csv_file: Path | None) -> None:
     from flamingo_fast.bench.table3 import predict, render, write_csv
 
     with Console(stderr=True).status("Counting"):
@@ -221,41 +284,42 @@ def table3(
 
 
 def _table3_measured(
-    scale: str, rows: str | None, steps: int, device: str | None, csv_file: Path | None
+    scale: str,
+    rows: tuple[str, ...],
+    steps: int,
+    device: str | None,
+    impl: str,
+    data: Path | None,
+    csv_file: Path | None,
+    out: Path | None,
+    resume: bool,
 ) -> None:
+    """As `bench table3`."""
+    import shutil
+
     import torch
-    from rich.progress import track
 
-    from flamingo_fast.bench import records, table3_measured
-    from flamingo_fast.bench.table3 import predict
-    from flamingo_fast.bench.table3_scales import SCALES
+    from flamingo_fast.bench import runner
+    from flamingo_fast.bench.suites import Settings
 
-    if scale not in SCALES:
-        raise typer.BadParameter(f"scale: expected one of {', '.join(SCALES)}; got {scale!r}")
     try:
-        chosen = table3_measured.check_rows(filter(None, (rows or "").split(",")))
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=target)
-    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(reason) from error
-    if not chosen:
-        raise typer.BadParameter("rows: expected others than the baseline, with which they go")
-    records.set_threads()
-    console = Console(stderr=True)
-    with console.status("Counting"):
-        predictions = predict()
-    measurements = list(
-        track(
-            table3_measured.measure(SCALES[scale], chosen, steps, target),
-            "Measuring",
-            total=len(chosen),
-            console=console,
-            transient=True,
-        )
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise typer.BadParameter(str(error).partition("\n")[0]) from error
+    out = out or runner.default_out()
+    settings = Settings(
+        device=target,
+        scale=scale,
+        rows=rows,
+        pairs=steps,
+        impl=impl,
+        data=data,
+        out=out,
+        resume=resume,
     )
-    if csv_file is not None:
-        table3_measured.write_csv(measurements, predictions, csv_file)
-    out = wide_console()
-    out.print(table3_measured.render(measurements, predictions, SCALES[scale]))
-    out.print(str(records.environment(target)))
+    code = _run(["table3"], settings, out)
+    table = out / "table3.csv"
+    if csv_file is not None and table.exists():
+        shutil.copyfile(table, csv_file)
+    raise typer.Exit(code)

@@ -29,16 +29,17 @@ class MasterWeights:
     Arguments:
         model: of which the trainable parameters are taken now. One of 16 bits may have its values
             before they were rounded as an attribute `wide`, see `parallel.prepare`.
+        widen: whether those of 16 bits have a copy; otherwise they are their own master weights.
 
     Attributes:
         parameters: of the model, by its names.
-        weights: fp32 by the same names.
+        weights: fp32, if widened, by the same names.
 
     Raises:
         ValueError: nothing in the model is trainable.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, widen: bool = True) -> None:
         self.parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -48,7 +49,7 @@ class MasterWeights:
             raise ValueError("model: expected trainable parameters, all of them are frozen")
         self.weights: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():
-            if parameter.dtype not in _NARROW:
+            if parameter.dtype not in _NARROW or not widen:
                 self.weights[name] = parameter
                 continue
             wide = parameter.__dict__.pop("wide", None)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flamingo_fast.models.config import OPTIMISATIONS
 from flamingo_fast.models.flamingo import Flamingo
+from flamingo_fast.ranges import span
 from flamingo_fast.training.batch import Batch
 from flamingo_fast.training.config import OptimizerConfig
 from flamingo_fast.training.optimizer import (
@@ -72,6 +73,9 @@ class TrainStep:
         weights: lambda of each dataset.
         optimisation: "accumulation" or "round_robin".
         micro_batch_size: rows of a forward; None: a batch's. Gradients don't depend on it.
+        master_weights: False: parameters of 16 bits are updated as they are, with moments of 16
+            bits, and gradients are added up in them. That takes half of the memory and loses small
+            updates: for measurements.
         dp_group: the ranks that have different rows, FSDP's among them; None: this process alone.
             Ranks outside of it, of tensor parallelism, are given the same batches.
 
@@ -90,6 +94,7 @@ class TrainStep:
         weights: Mapping[str, float],
         optimisation: str = "accumulation",
         micro_batch_size: int | None = None,
+        master_weights: bool = True,
         seed: int = 0,
         dp_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -110,7 +115,7 @@ class TrainStep:
         self.steps = self.updates = self.skipped = 0
         self._dp_group = dp_group
         self._dp_rank = 0 if dp_group is None else dist.get_rank(dp_group)
-        self._masters = MasterWeights(model)
+        self._masters = MasterWeights(model, widen=master_weights)
         self._optimizer = make_optimizer(self._masters.weights, optimizer)
         self._device = next(iter(self._masters.weights.values())).device
         # A forward changes these before anyone knows whether its loss is finite.
@@ -151,8 +156,9 @@ class TrainStep:
         for names in filter(None, in_update):
             statistics = [each.clone() for each in self._statistics]
             sums = [self._backward(micro_batches[name], name, loss_tokens) for name in names]
-            of_datasets, norm, is_made = self._update(sums)
-            self._settle(statistics, is_made)
+            with span("optimiser"):
+                of_datasets, norm, is_made = self._update(sums)
+                self._settle(statistics, is_made)
             losses |= {
                 name: each / loss_tokens[name]
                 for name, each in zip(names, of_datasets, strict=True)
@@ -251,7 +257,8 @@ class TrainStep:
         total = torch.zeros((), device=self._device)
         for each in micro_batches:
             loss = self._loss_sum(each.to(self._device, non_blocking=True))
-            (loss * scale).backward()
+            with span("backward"):
+                (loss * scale).backward()
             total += loss.detach()
         return total
 

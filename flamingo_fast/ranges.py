@@ -1,0 +1,152 @@
+"""Named stretches of a training step, for whoever measures them; with nobody they cost one check.
+
+`span` marks a stretch of code; `Ranges.watch` the calls of modules, and what is theirs of the
+backward.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+BACKWARD = " backward"
+"""After a module's name: its part of the backward."""
+
+
+class Ranges:
+    """Stretches that lie within each other.
+
+    Arguments:
+        push: is told the name of one that begins.
+        pop: is told that the innermost one ends.
+    """
+
+    def __init__(self, push: Callable[[str], None], pop: Callable[[], None]) -> None:
+        self._push, self._pop = push, pop
+        self._depth = 0
+        # Of the innermost `span`: what a backward left open lies above it.
+        self._floor = 0
+
+    def begin(self, name: str) -> None:
+        self._push(name)
+        self._depth += 1
+
+    def end_above(self, depth: int) -> None:
+        while self._depth > depth:
+            self._depth -= 1
+            self._pop()
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        before, floor = self._depth, self._floor
+        self.begin(name)
+        self._floor = self._depth
+        try:
+            yield
+        finally:
+            self.end_above(before)
+            self._floor = floor
+
+    @contextlib.contextmanager
+    def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Inside, calls of these modules are stretches, and so is what is theirs of the backward.
+
+        The latter ends with the gradient of the module's input. Where that has none, such as of
+        pixels, it ends with the next one that isn't inside it, or with the `span` around the
+        backward.
+        """
+        hooks = [hook for name, module in modules for hook in self._hooks(name, module)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
+        levels: list[int] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            level = self._depth - self._floor
+            levels.append(level)
+            self.begin(name)
+            return _marked((args, kwargs), lambda: self._above(level))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            level = levels.pop()
+            self._above(level)
+
+            def begin() -> None:
+                self._above(level)
+                self.begin(name + BACKWARD)
+
+            return _marked(output, begin)
+
+        # Before and behind whatever other hooks do: new layers are called in one of them.
+        yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        yield module.register_forward_hook(after, with_kwargs=True)
+
+    def _above(self, level: int) -> None:
+        self.end_above(self._floor + level)
+
+
+class _Mark(torch.autograd.Function):
+    """The tensor, and a call when its gradient comes by.
+
+    Autograd runs its nodes newest first: by then those made after this one have run. A tensor's own
+    hooks run in the order they were given, so that of an input that is another's output the outer
+    stretch would begin before the inner one ends.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
+        ctx.call = call
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.call()
+        return gradients[0], None
+
+
+def _marked(values: Any, call: Callable[[], None]) -> Any:
+    """`values`, in which tensors with gradients call `call` in the backward."""
+
+    def mark(value: Any) -> Any:
+        if _has_gradient(value):
+            return _Mark.apply(value, call)
+        # What a language model of ours returns. Others, such as layouts, keep what they have made.
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+            marked = {name: mark(each) for name, each in fields.items() if _has_gradient(each)}
+            return dataclasses.replace(value, **marked) if marked else value
+        return value
+
+    return tree_map(mark, values)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+_NOBODY: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_active: Ranges | None = None
+
+
+@contextlib.contextmanager
+def measured_by(ranges: Ranges) -> Iterator[None]:
+    """Inside, every `span` is one of `ranges`."""
+    global _active
+    previous, _active = _active, ranges
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def span(name: str) -> contextlib.AbstractContextManager[None]:
+    """A stretch of code of this name."""
+    return _NOBODY if _active is None else _active.span(name)
