@@ -28,7 +28,7 @@ from flamingo_fast.testing.compare import compare
 Outcomes = dict[str, torch.Tensor]
 
 _UNPATCHED, _PATCHED = "unpatched", "patched"
-# As few as an interval with a confidence of 95 % takes.
+# Of fewer an interval of the median says little: of six its confidence is 97 %.
 _QUICK_ROUNDS = 6
 _BUDGET_S = 20.0
 # Of fp32 gradients of a whole model, and of their largest elements. Of the millions of a ReLU's

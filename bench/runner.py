@@ -99,7 +99,7 @@ def _ratios_table(ratios: Sequence[Ratio]) -> Table:
         3,
         (
             "Medians of the ratios of calls in the same round, above 1 is faster; an interval of "
-            "that median, of ranks, has a confidence of 95 % or what the number of pairs allows.",
+            "that median, of ranks, has a confidence of 99 % or what the number of pairs allows.",
         ),
     )
 

@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_measurement():
         step()
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 9, 15])
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 9, 12, 15])
 def test_the_medians_interval_holds_it_as_often_as_it_says(count):
     """Exact: over all ways in which samples can be on the two sides of the median."""
     interval = Interval.of_median(range(count))
@@ -293,7 +293,7 @@ def test_the_medians_interval_holds_it_as_often_as_it_says(count):
         outside += not interval.low < below - 0.5 < interval.high if 0 < below < count else 1
     if count > 1:
         assert interval.confidence == pytest.approx(1 - outside / 2**count)
-    assert interval.confidence >= 0.95 or (interval.low, interval.high) == (0, count - 1)
+    assert interval.confidence >= 0.99 or (interval.low, interval.high) == (0, count - 1)
 
 
 def test_no_samples_have_no_interval():
