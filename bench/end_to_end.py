@@ -210,9 +210,15 @@ def _under_our_names(theirs: nn.Module, ours: Flamingo) -> dict[str, torch.Tenso
 
 
 def _gradients(ours: Flamingo, found: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Of what is trained; those of gates are one tensor, as terms of a single sum may cancel."""
-    trained = {n: found[n] for n, each in ours.named_parameters() if each.requires_grad}
-    gradients = {f"gradient of {n}": each for n, each in trained.items() if each is not None}
+    """Of what is trained, 0 where there is none; those of gates are one tensor, as terms of a
+    single sum may cancel."""
+    gradients = {}
+    for name, each in ours.named_parameters():
+        if each.requires_grad:
+            gradient = found[name]
+            gradients[f"gradient of {name}"] = (
+                torch.zeros_like(each) if gradient is None else gradient
+            )
     gates = [name for name, each in gradients.items() if each.numel() == 1]
     return {
         "gradients of gates": torch.cat([gradients.pop(name) for name in gates]),

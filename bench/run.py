@@ -81,10 +81,13 @@ def _measure(
 ) -> None:
     clock = device_clock(device)
     timings: dict[tuple[str, str], _Timing] = {}
+    failed = set()
     try:
         for index in range(plan.passes):
             for benchmark, shape, dtype in plan.cases:
                 name = f"{benchmark.name} {shape_name(shape)} {dtype}"
+                if name in failed:
+                    continue
                 progress(name)
                 try:
                     # Anew in each pass: where tensors lie in memory is part of what differs
@@ -95,6 +98,7 @@ def _measure(
                 except RuntimeError as error:
                     first_line = next(iter(str(error).splitlines()), "")
                     results.failures.append(f"{name}: {first_line}")
+                    failed.add(name)
     finally:
         for timing in timings.values():
             _record_timing(timing, results)
@@ -182,7 +186,7 @@ def _measure_time(
             timings[key] = _Timing(
                 *(str(case), case.benchmark.name, shape, case.dtype, mode), case.work(mode)
             )
-        elif key in timings:
+        elif key in timings and timings[key].metrics:
             chosen = timings[key].passes[0]
             functions = {
                 each.name: each.build(case, mode)
@@ -234,7 +238,8 @@ def _other_metrics(
 
 
 def _record_timing(timing: _Timing, results: Results) -> None:
-    if not timing.passes:
+    # Of a first pass that raised or was interrupted there is not all that a row of a table has.
+    if not timing.metrics:
         return
     work = timing.work
     samples = {

@@ -20,7 +20,7 @@ from flamingo_fast.bench.plan import BASELINE
 from flamingo_fast.bench.plot import import_pyplot
 from flamingo_fast.bench.records import Environment
 from flamingo_fast.bench.section import Ratio, Section, median_half_width
-from flamingo_fast.bench.suites import STEP_TIME, SUITES, Settings, one_line
+from flamingo_fast.bench.suites import STEP_TIME, SUITES, Settings, sections
 from flamingo_fast.bench.tables import Table, bullets
 
 SCHEMA = 1
@@ -189,7 +189,7 @@ def run(
             progress(text, (done + share * estimates[name]) / total)
 
         start = time.perf_counter()
-        for section in _sections(name, settings, tell):
+        for section in sections(SUITES[name], settings, tell):
             now = time.perf_counter()
             section.seconds, start = now - start, now
             _add(report, section)
@@ -197,21 +197,6 @@ def run(
             if section.is_interrupted:
                 return
         done += estimates[name]
-
-
-def _sections(
-    name: str, settings: Settings, tell: Callable[[str, float], None]
-) -> Iterator[Section]:
-    """A suite's; what stops it is the last one's."""
-    try:
-        yield from SUITES[name].run(settings, tell)
-    except KeyboardInterrupt:
-        yield Section(name, name, is_interrupted=True)
-    except ImportError as error:
-        yield Section(name, name, not_measured=[(name, str(error))])
-    # Memory that runs out, results that disagree: the next suite is still worth its time.
-    except (ArithmeticError, RuntimeError, ValueError) as error:
-        yield Section(name, name, failures=[one_line(error)])
 
 
 def _add(report: Report, section: Section) -> None:

@@ -417,6 +417,19 @@ def _table3_seconds(settings: Settings) -> float:
     return session.total_steps * gflops / 100
 
 
+def sections(suite: Suite, settings: Settings, progress: Progress) -> Iterator[Section]:
+    """A suite's; of what it raises there is a last one, as what comes after is worth its time."""
+    try:
+        yield from suite.run(settings, progress)
+    except KeyboardInterrupt:
+        yield Section(suite.name, suite.name, is_interrupted=True)
+    except ImportError as error:
+        yield Section(suite.name, suite.name, not_measured=[(suite.name, str(error))])
+    # Memory that runs out, results that disagree.
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        yield Section(suite.name, suite.name, failures=[one_line(error)])
+
+
 def _headline(settings: Settings, progress: Progress) -> Iterator[Section]:
     """One case of each family, those of the other suites."""
     parts = _headline_parts(settings)
@@ -427,7 +440,7 @@ def _headline(settings: Settings, progress: Progress) -> Iterator[Section]:
         def tell(text: str, fraction: float, done: float = done, share: float = share) -> None:
             progress(text, done + share * fraction)
 
-        for section in part.run(each, tell):
+        for section in sections(part, each, tell):
             yield section
             if section.is_interrupted:
                 return
