@@ -56,7 +56,8 @@ def part_seconds(
 
     def push(name: str) -> None:
         settle()
-        stack.append(name)
+        # A dataset's is that of what is in it.
+        stack.append(name if name.removesuffix(BACKWARD) in FORWARD else stack[-1])
 
     def pop() -> None:
         settle()

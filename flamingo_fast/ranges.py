@@ -1,7 +1,7 @@
 """Named stretches of a training step, for whoever measures them; with nobody they cost one check.
 
 `span` marks a stretch of code; `Ranges.watch` the calls of modules, and what is theirs of the
-backward.
+backward; `within` a stretch of a module's forward that is no module's own.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 BACKWARD = " backward"
 """After a module's name: its part of the backward."""
@@ -23,10 +23,15 @@ class Ranges:
     Arguments:
         push: is told the name of one that begins.
         pop: is told that the innermost one ends.
+        detailed: stretches `within` modules are told too, and names of both have the shape of what
+            the stretch is given first.
     """
 
-    def __init__(self, push: Callable[[str], None], pop: Callable[[], None]) -> None:
+    def __init__(
+        self, push: Callable[[str], None], pop: Callable[[], None], *, detailed: bool = False
+    ) -> None:
         self._push, self._pop = push, pop
+        self.detailed = detailed
         self._depth = 0
         # Of the innermost `span`: what a backward left open lies above it.
         self._floor = 0
@@ -67,27 +72,50 @@ class Ranges:
                 hook.remove()
 
     def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
-        levels: list[int] = []
+        entered: list[tuple[str, int]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            level = self._depth - self._floor
-            levels.append(level)
-            self.begin(name)
-            return _marked((args, kwargs), lambda: self._above(level))
+            *stretch, given = self._enter(name, (args, kwargs))
+            entered.append((stretch[0], stretch[1]))
+            return given
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            level = levels.pop()
-            self._above(level)
+            # A hook that raised before ours did not let it enter.
+            return self._leave(*entered.pop(), output) if entered else None
 
-            def begin() -> None:
-                self._above(level)
-                self.begin(name + BACKWARD)
-
-            return _marked(output, begin)
-
-        # Before and behind whatever other hooks do: new layers are called in one of them.
+        # Before and behind whatever other hooks do: new layers are called in one of them. Of a call
+        # that raises, too, or a checkpoint's that is stopped when it has made what is needed.
         yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        yield module.register_forward_hook(after, with_kwargs=True)
+        yield module.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+    def within(
+        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`function(*args, **kwargs)` as a stretch, forward and backward."""
+        name, level, (args, kwargs) = self._enter(name, (args, kwargs))
+        output = None
+        try:
+            output = function(*args, **kwargs)
+        finally:
+            output = self._leave(name, level, output)
+        return output
+
+    def _enter(self, name: str, given: Any) -> tuple[str, int, Any]:
+        """The full name, the level that the stretch begins at, and what it is to be given."""
+        level = self._depth - self._floor
+        if self.detailed:
+            name = _with_shape(name, given)
+        self.begin(name)
+        return name, level, _marked(given, lambda: self._above(level))
+
+    def _leave(self, name: str, level: int, output: Any) -> Any:
+        self._above(level)
+
+        def begin() -> None:
+            self._above(level)
+            self.begin(name + BACKWARD)
+
+        return _marked(output, begin)
 
     def _above(self, level: int) -> None:
         self.end_above(self._floor + level)
@@ -128,6 +156,11 @@ def _marked(values: Any, call: Callable[[], None]) -> Any:
     return tree_map(mark, values)
 
 
+def _with_shape(name: str, given: Any) -> str:
+    first = next((each for each in tree_leaves(given) if isinstance(each, torch.Tensor)), None)
+    return name if first is None else f"{name} {tuple(first.shape)}"
+
+
 def _has_gradient(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
 
@@ -150,3 +183,13 @@ def measured_by(ranges: Ranges) -> Iterator[None]:
 def span(name: str) -> contextlib.AbstractContextManager[None]:
     """A stretch of code of this name."""
     return _NOBODY if _active is None else _active.span(name)
+
+
+def within(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, a stretch of the forward that calls this, and of its backward.
+
+    Only for who wants details. What `function` closes over has its backward outside.
+    """
+    if _active is None or not _active.detailed:
+        return function(*args, **kwargs)
+    return _active.within(name, function, args, kwargs)

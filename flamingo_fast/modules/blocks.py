@@ -18,6 +18,7 @@ from flamingo_fast.modules.options import op_impl
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.norm import gated_residual_norm
+from flamingo_fast.ranges import within
 
 
 def _gate(dim: int, tanh_gating: bool, vector_gates: bool) -> nn.Parameter | None:
@@ -98,7 +99,9 @@ class _GatedLayer(nn.Module):
     ) -> tuple[torch.Tensor, MediaKV | None, MediaLayout | None]:
         if layout is None and self.leaves_unattended:
             layout = self._make_layout(x, media, media_kv, media_locations, use_cached_media)
-        attended = self.attn(
+        attended = within(
+            "attention",
+            self.attn,
             x,
             media,
             media_locations=media_locations,
@@ -267,14 +270,24 @@ class GatedCrossAttentionBlock(_GatedLayer):
     ) -> Any:
         if layout is None and self.leaves_unattended:
             layout = self._make_layout(x, media, media_kv, media_locations, use_cached_media)
-        attended, media_kv = self.attn.attend_to(
-            x, media, media_locations, use_cached_media, layout=layout, media_kv=media_kv
+        attended, media_kv = within(
+            "attention",
+            self.attn.attend_to,
+            x,
+            media,
+            media_locations,
+            use_cached_media,
+            layout=layout,
+            media_kv=media_kv,
         )
         residual = x + F.linear(attended, folded.weight_out, folded.bias_out)
-        up: Any = self.ff[1]
-        hidden = self.ff[2](up(self.ff[0](residual)))
-        out = residual + F.linear(hidden, folded.weight_down, folded.bias_down)
+        out = within("feed-forward", self._folded_feed_forward, residual, folded)
         return self._finish(x, out, media_kv, layout, return_media_kv)
+
+    def _folded_feed_forward(self, residual: torch.Tensor, folded: "_Folded") -> torch.Tensor:
+        norm, up, activation, _ = self.ff
+        hidden = activation(up(norm(residual)))
+        return residual + F.linear(hidden, folded.weight_down, folded.bias_down)
 
     def forward(
         self,
@@ -304,7 +317,7 @@ class GatedCrossAttentionBlock(_GatedLayer):
         )
         if self.attn_gate is None or self.ff_gate is None:
             residual = x + attended
-            out = residual + self.ff(residual)
+            out = residual + within("feed-forward", self.ff, residual)
         elif isinstance(self.ff, FeedForward) and self.ff.is_plain():
             norm: Any = self.ff[0]
             is_rms = isinstance(norm, RMSNorm)
@@ -318,10 +331,11 @@ class GatedCrossAttentionBlock(_GatedLayer):
                 norm="rms" if is_rms else "layer",
                 impl=self.impl,
             )
-            out = self.ff.after_norm(normed, residual, self.ff_gate)
+            out = within("feed-forward", self.ff.after_norm, normed, residual, self.ff_gate)
         else:
             residual = gated_residual(x, attended, self.attn_gate, impl=self.impl)
-            out = gated_residual(residual, self.ff(residual), self.ff_gate, impl=self.impl)
+            fed = within("feed-forward", self.ff, residual)
+            out = gated_residual(residual, fed, self.ff_gate, impl=self.impl)
         return self._finish(x, out, media_kv, layout, return_media_kv)
 
 

@@ -17,6 +17,7 @@ from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.latent_attention import latent_attention
+from flamingo_fast.ranges import within
 
 
 class PerceiverAttention(nn.Module):
@@ -381,9 +382,8 @@ class PerceiverResampler(_Resampler):
         )
         # Of all media the first layer's latents are the same.
         latents = self.latents.expand(*(1,) * (x.dim() - 2), -1, -1)
-        for (attn, ff), kv in zip(layers, media_kv, strict=True):
-            latents = latents + attn(x, latents, media_seqlens=media_seqlens, media_kv=kv)
-            latents = latents + ff(latents)
+        for index, (layer, kv) in enumerate(zip(layers, media_kv, strict=True)):
+            latents = within(f"layer {index}", _layer, layer, latents, x, media_seqlens, kv)
         latents = self.norm(latents)
         return latents.expand(*x.shape[:2], -1, -1)
 
@@ -431,8 +431,8 @@ class MLPResampler(_Resampler):
     ) -> torch.Tensor:
         """(B, N, F, S, dim) -> (B, N, F * S, dim); of padding, any value: see `MediaLayout`."""
         x = self._embed(x, media_seqlens, places)
-        for ff in self.layers:
-            x = x + ff(x)
+        for index, ff in enumerate(self.layers):
+            x = within(f"layer {index}", lambda x, ff=ff: x + ff(x), x)
         return self.norm(x)
 
 
@@ -516,7 +516,24 @@ class TransformerResampler(_Resampler):
             valid = media_seqlens.flatten().clamp(min=1)
             mask = (torch.arange(x.shape[1], device=x.device) < valid[:, None])[:, None, None]
         layers: Any = self.layers
-        for attn, ff in layers:
-            x = x + attn(x, mask)
-            x = x + ff(x)
+        for index, layer in enumerate(layers):
+            x = within(f"layer {index}", _self_attention_layer, layer, x, mask)
         return self.norm(x).unflatten(0, outer)
+
+
+def _layer(
+    layer: Any,
+    latents: torch.Tensor,
+    x: torch.Tensor,
+    media_seqlens: torch.Tensor | None,
+    media_kv: torch.Tensor | None,
+) -> torch.Tensor:
+    attn, ff = layer
+    latents = latents + attn(x, latents, media_seqlens=media_seqlens, media_kv=media_kv)
+    return latents + ff(latents)
+
+
+def _self_attention_layer(layer: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    attn, ff = layer
+    x = x + attn(x, mask)
+    return x + ff(x)

@@ -4,7 +4,7 @@ B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, D he
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
 from flamingo_fast.patching.remembered import Remembered, may_remember
 from flamingo_fast.patching.state import is_wrapped, options_of, state_of
+from flamingo_fast.ranges import within
 
 
 def layout_of(
@@ -193,12 +194,19 @@ def finish_block(
     is_open = type(ff) is nn.Sequential and len(ff) > 0 and not (has_hooks(ff) or is_wrapped(ff))
     if not is_open and not isinstance(ff, nn.ModuleList):
         residual = add_gated(x, attended, attn_gate, options)
-        return add_gated(residual, ff(residual), ff_gate, options)
+        fed = within("feed-forward", ff, residual)
+        return add_gated(residual, fed, ff_gate, options)
     norm, *rest = ff
-    residual, y = add_gated_norm(x, attended, attn_gate, norm, options)
-    for module in rest:
-        y = module(y)
-    return add_gated(residual, y, ff_gate, options)
+    residual, normed = add_gated_norm(x, attended, attn_gate, norm, options)
+    fed = within("feed-forward", one_after_the_other, normed, rest)
+    return add_gated(residual, fed, ff_gate, options)
+
+
+def one_after_the_other(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
+    """What the last of these modules makes of what the ones before made of x."""
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def leave_unattended(x: torch.Tensor, out: torch.Tensor, layout: MediaLayout) -> torch.Tensor:

@@ -32,6 +32,7 @@ from flamingo_fast.patching.attention import (
 )
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import options_of, own_forward, tell_once
+from flamingo_fast.ranges import within
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -158,8 +159,14 @@ def block(
     if previous_kv is None and visual_features.dim() != 4:
         return own_forward(self)(y, visual_features, media_locations, previous_kv, output_kv)
     options = options_of(self)
-    attended, kv = self.attn(
-        y, media_locations, visual_features, previous_kv=previous_kv, output_kv=output_kv
+    attended, kv = within(
+        "attention",
+        self.attn,
+        y,
+        media_locations,
+        visual_features,
+        previous_kv=previous_kv,
+        output_kv=output_kv,
     )
     out = finish_block(y, attended, self.alpha_attn, self.ffw, self.alpha_ffw, options)
     if options.unattended == "zero_block":

@@ -16,6 +16,7 @@ from flamingo_fast.patching import open_flamingo
 from flamingo_fast.patching.attention import leaves_one_medium, refuses_block
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import own_forward, tell_once
+from flamingo_fast.ranges import within
 
 
 def _is_of_it(module: nn.Module) -> bool:
@@ -51,7 +52,7 @@ def block(
     media_locations: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result of `attention`."""
-    attended = self.attn(x, media, media_locations=media_locations)
+    attended = within("attention", self.attn, x, media, media_locations=media_locations)
     return open_flamingo.finish(self, x, attended, media, media_locations)
 
 

@@ -34,6 +34,7 @@ from flamingo_fast.patching.state import (
     tell_once,
 )
 from flamingo_fast.patching.transformers_hooks import ATTENTION
+from flamingo_fast.ranges import within
 
 _LAYER = "idefics.cross_attention"
 # The argument that layers get; attention of the text ignores it.
@@ -95,11 +96,13 @@ def forward_layer(
     normed = self.input_layernorm(hidden_states)
     silent = None
     if images is not None:
-        attended = _attend(self, normed, image_hidden_states, images)
+        attended = within("attention", _attend, self, normed, image_hidden_states, images)
         if _leaves(options) or not _maps_zero_to_zero(self.cross_attn.o_proj):
             silent = ~images.layout.attends().to(normed.device)
     else:
-        attended, _ = self.cross_attn(
+        attended, _ = within(
+            "attention",
+            self.cross_attn,
             hidden_states=normed,
             key_value_states=image_hidden_states,
             attention_mask=image_attention_mask,
@@ -118,7 +121,8 @@ def forward_layer(
         options,
         self.act_cross_attn,
     )
-    hidden = F.dropout(self.mlp(normed), p=self.config, training=self.training)
+    hidden = within("feed-forward", self.mlp, normed)
+    hidden = F.dropout(hidden, p=self.config, training=self.training)
     out = add_gated(residual, hidden, self.alpha_dense, options, self.act_dense)
     if silent is not None and _leaves(options):
         return torch.where(silent[..., None], hidden_states, out)

@@ -14,6 +14,7 @@ from flamingo_fast.ops.latent_attention import latent_attention
 from flamingo_fast.patching.kept import current
 from flamingo_fast.patching.rules import Call, Rule, has
 from flamingo_fast.patching.state import is_wrapped, options_of, own_forward
+from flamingo_fast.ranges import within
 
 
 def forward(self: nn.Module, context: torch.Tensor) -> torch.Tensor:
@@ -32,15 +33,20 @@ def forward(self: nn.Module, context: torch.Tensor) -> torch.Tensor:
 def _resample(self: Any, context: torch.Tensor) -> torch.Tensor:
     # Of all images the first block's latents are the same.
     latents = self.latents[None]
-    for attn, ff in self.blocks:
-        if _is_plain(attn):
-            attended = _attend(attn, context, latents)
-        else:
-            latents = latents.expand(context.shape[0], -1, -1)
-            attended = attn(context, latents)
-        latents = attended + latents
-        latents = ff(latents) + latents
+    for index, block in enumerate(self.blocks):
+        latents = within(f"layer {index}", _layer, block, latents, context)
     return self.layer_norm(latents.expand(context.shape[0], -1, -1))
+
+
+def _layer(block: Any, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    attn, ff = block
+    if _is_plain(attn):
+        attended = _attend(attn, context, latents)
+    else:
+        latents = latents.expand(context.shape[0], -1, -1)
+        attended = attn(context, latents)
+    latents = attended + latents
+    return ff(latents) + latents
 
 
 def _is_plain(attn: Any) -> bool:

@@ -20,6 +20,7 @@ from flamingo_fast.patching.parts import add_gated, add_gated_norm
 from flamingo_fast.patching.rules import Rule, functions_beside, has, is_a
 from flamingo_fast.patching.state import is_patched, options_of, own_forward, tell_once
 from flamingo_fast.patching.transformers_hooks import ATTENTION
+from flamingo_fast.ranges import within
 
 _OLD, _NEW = "transformers 4.57.1", "transformers 5.24.0"
 _BOTH = f"{_OLD} to 5.24.0"
@@ -189,7 +190,9 @@ def _cross_layer(
     **kwargs: Any,
 ) -> torch.Tensor:
     options = options_of(self)
-    attended, _ = self.cross_attn(
+    attended, _ = within(
+        "attention",
+        self.cross_attn,
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=cross_attention_mask,
         cross_attention_states=cross_attention_states,
@@ -207,7 +210,7 @@ def _cross_layer(
         self.post_attention_layernorm,
         options,
     )
-    fed = self.mlp(normed)
+    fed = within("feed-forward", self.mlp, normed)
     if rows is not None:
         fed = rows * fed
     return add_gated(residual, fed, self.cross_attn_mlp_gate, options)

@@ -32,6 +32,7 @@ from flamingo_fast.patching.attention import (
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import options_of, own_forward, tell_once
+from flamingo_fast.ranges import within
 
 ATTENTION_NOTES = {
     True: (
@@ -170,8 +171,14 @@ def block(
     use_cached_media: bool = False,
 ) -> torch.Tensor:
     """(B, L, dim); arguments as of `attention`."""
-    attn: Any = self.attn
-    attended = attn(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
+    attended = within(
+        "attention",
+        self.attn,
+        x,
+        media,
+        media_locations=media_locations,
+        use_cached_media=use_cached_media,
+    )
     return finish(self, x, attended, media, media_locations, use_cached_media)
 
 
@@ -215,11 +222,18 @@ def resample(self: Any, x: torch.Tensor) -> torch.Tensor:
     # Of all media the first layer's latents are the same.
     are_shared = media_kv[0] is not None and is_plain(first.to_q) and not has_hooks(first)
     latents = self.latents.expand(*((1, 1) if are_shared else x.shape[:2]), -1, -1)
-    for (attn, ff), kv in zip(self.layers, media_kv, strict=True):
-        shared = {} if kv is None else {"media_kv": kv}
-        latents = latents + attn(x, latents, **shared)
-        latents = latents + ff(latents)
+    for index, (layer, kv) in enumerate(zip(self.layers, media_kv, strict=True)):
+        latents = within(f"layer {index}", _layer, layer, latents, x, kv)
     return self.norm(latents)
+
+
+def _layer(
+    layer: Any, latents: torch.Tensor, x: torch.Tensor, media_kv: torch.Tensor | None
+) -> torch.Tensor:
+    attn, ff = layer
+    shared = {} if media_kv is None else {"media_kv": media_kv}
+    latents = latents + attn(x, latents, **shared)
+    return latents + ff(latents)
 
 
 def resampler(self: Any, x: torch.Tensor) -> torch.Tensor:

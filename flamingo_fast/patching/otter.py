@@ -30,6 +30,7 @@ from flamingo_fast.patching.attention import (
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import options_of, own_forward, tell_once
+from flamingo_fast.ranges import within
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -109,7 +110,14 @@ def block(
 ) -> torch.Tensor:
     """Arguments and result of `attention`."""
     options = options_of(self)
-    attended = self.attn(x, media, media_locations=media_locations, attend_previous=attend_previous)
+    attended = within(
+        "attention",
+        self.attn,
+        x,
+        media,
+        media_locations=media_locations,
+        attend_previous=attend_previous,
+    )
     out = finish_block(x, attended, self.attn_gate, self.feed_forward, self.ff_gate, options)
     if options.unattended == "zero_block":
         layout = _layout(self.attn, x, media, media_locations, attend_previous)

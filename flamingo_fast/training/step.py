@@ -155,7 +155,10 @@ class TrainStep:
         losses, norms, skipped = dict.fromkeys(micro_batches, 0.0), [0.0], 0
         for names in filter(None, in_update):
             statistics = [each.clone() for each in self._statistics]
-            sums = [self._backward(micro_batches[name], name, loss_tokens) for name in names]
+            sums = []
+            for name in names:
+                with span(f"dataset {name}"):
+                    sums.append(self._backward(micro_batches[name], name, loss_tokens))
             with span("optimiser"):
                 of_datasets, norm, is_made = self._update(sums)
                 self._settle(statistics, is_made)
@@ -281,9 +284,10 @@ class TrainStep:
         losses = torch.stack([*sums])
         if self._dp_group is not None:
             # FSDP has done so in the backward.
-            if not isinstance(self.model, FSDPModule):
-                all_reduce_gradients(gradients, self._dp_group)
-            dist.all_reduce(losses, group=self._dp_group)
+            with span("all-reduce"):
+                if not isinstance(self.model, FSDPModule):
+                    all_reduce_gradients(gradients, self._dp_group)
+                dist.all_reduce(losses, group=self._dp_group)
         norm = global_norm(gradients)
         clip(gradients, norm, self.config.max_grad_norm)
         *of_datasets, total_norm = torch.cat([losses, norm[None]]).tolist()

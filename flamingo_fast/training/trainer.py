@@ -17,6 +17,7 @@ from rich.console import Console
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.fields import ConfigError
 from flamingo_fast.models.flamingo import Flamingo
+from flamingo_fast.ranges import span
 from flamingo_fast.training.bad_samples import REASONS, BadSamplesError, Outcomes
 from flamingo_fast.training.checkpoints import Checkpoints, on_first_rank
 from flamingo_fast.training.config import DatasetConfig, TrainConfig
@@ -189,9 +190,11 @@ class _Run:
     def _one_step(self) -> None:
         config, step, interval = self._config, self._step, self._interval
         started = time.perf_counter()
-        batches = {name: next(stream) for name, stream in self._streams.items()}
+        with span("data wait"):
+            batches = {name: next(stream) for name, stream in self._streams.items()}
         interval.data_seconds += time.perf_counter() - started
-        result = step(batches)
+        with span("step"):
+            result = step(batches)
         interval.add(result, sum(map(self._counter, batches.values()), Amount()))
         interval.seconds += time.perf_counter() - started
         self._progress.advance(step.steps)
