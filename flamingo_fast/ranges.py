@@ -1,7 +1,7 @@
 """Named stretches of a training step, for whoever measures them; with nobody they cost one check.
 
-`span` marks a stretch of code; `Ranges.watch` the calls of modules, and what is theirs of the
-backward; `within` a stretch of a module's forward that is no module's own.
+`span` marks a stretch of code; `call` one of the forward, and what is its part of the backward;
+`within` one that is a part of a module; `Ranges.watch` calls of modules.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ class Ranges:
     Arguments:
         push: is told the name of one that begins.
         pop: is told that the innermost one ends.
-        detailed: stretches `within` modules are told too, and names of both have the shape of what
-            the stretch is given first.
+        detailed: also tell of stretches `within` modules, and have the shape of what each of these
+            and of the watched modules is given first in its name.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Ranges:
         entered: list[tuple[str, int]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            *stretch, given = self._enter(name, (args, kwargs))
-            entered.append((stretch[0], stretch[1]))
+            full_name, level, given = self._enter(name, (args, kwargs))
+            entered.append((full_name, level))
             return given
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -88,7 +88,7 @@ class Ranges:
         yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
         yield module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
-    def within(
+    def call(
         self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """`function(*args, **kwargs)` as a stretch, forward and backward."""
@@ -185,11 +185,18 @@ def span(name: str) -> contextlib.AbstractContextManager[None]:
     return _NOBODY if _active is None else _active.span(name)
 
 
-def within(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, a stretch of the forward that calls this, and of its backward.
 
-    Only for who wants details. What `function` closes over has its backward outside.
+    What `function` closes over has its backward outside.
     """
+    if _active is None or torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    return _active.call(name, function, args, kwargs)
+
+
+def within(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`call` of a part of a module, only for whoever wants details."""
     if _active is None or not _active.detailed:
         return function(*args, **kwargs)
-    return _active.within(name, function, args, kwargs)
+    return call(name, function, *args, **kwargs)

@@ -119,7 +119,7 @@ def test_parts_of_a_step_add_up_to_it(row):
     # The first of the readings of a step is its start.
     assert sum(parts.values()) * 2 == ticks - 2 * 1
     names = {"vision", "resampler", "conditioning", "lm", "loss", "optimiser", "rest", "backward"}
-    backward = {"resampler backward", "conditioning backward", "lm backward"}
+    backward = {"resampler backward", "conditioning backward", "lm backward", "loss backward"}
     backward |= {"vision backward"} if row == "vision_unfrozen" else set()
     assert set(parts) == names | backward
     assert sum(in_order(parts).values()) == pytest.approx(sum(parts.values()))

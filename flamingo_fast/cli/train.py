@@ -20,10 +20,18 @@ _AcceptChanges = Annotated[
         help="Go on though optimizer, weights and such are not the checkpoint's.",
     ),
 ]
+_Nvtx = Annotated[
+    bool, typer.Option("--nvtx", help="Name what is done in NVTX ranges, for nsys: see README.")
+]
 
 
 @app.command()
-def train(config: _Config, fresh: _Fresh = False, accept_changes: _AcceptChanges = False) -> None:
+def train(
+    config: _Config,
+    fresh: _Fresh = False,
+    accept_changes: _AcceptChanges = False,
+    nvtx: _Nvtx = False,
+) -> None:
     """Train a model, or go on: from the last checkpoint in the run's folder, if there is one.
 
     Several processes: torchrun --nproc-per-node N -m flamingo_fast.cli train CONFIG.
@@ -31,7 +39,7 @@ def train(config: _Config, fresh: _Fresh = False, accept_changes: _AcceptChanges
     SIGTERM and Ctrl-C end the step, write a checkpoint and exit with 0. Exits with 1 if too many
     samples are bad or a file can't be read or written, with 2 if the config is wrong.
     """
-    _run(config, {}, fresh, accept_changes)
+    _run(config, {}, fresh, accept_changes, nvtx)
 
 
 @app.command()
@@ -49,6 +57,7 @@ def finetune(
     ],
     fresh: _Fresh = False,
     accept_changes: _AcceptChanges = False,
+    nvtx: _Nvtx = False,
 ) -> None:
     """Train a trained model on, for a task: as train, with other defaults.
 
@@ -60,10 +69,12 @@ def finetune(
     defaults: dict[str, Any] = {**FINETUNING, "model": str(source)}
     if any(source.glob("tokenizer*")):
         defaults["tokenizer"] = str(source)
-    _run(config, defaults, fresh, accept_changes)
+    _run(config, defaults, fresh, accept_changes, nvtx)
 
 
-def _run(path: Path, defaults: dict[str, Any], fresh: bool, accept_changes: bool) -> None:
+def _run(
+    path: Path, defaults: dict[str, Any], fresh: bool, accept_changes: bool, nvtx: bool
+) -> None:
     from flamingo_fast.models.fields import ConfigError
     from flamingo_fast.models.saving import CheckpointError
     from flamingo_fast.training.bad_samples import BadSamplesError
@@ -79,7 +90,16 @@ def _run(path: Path, defaults: dict[str, Any], fresh: bool, accept_changes: bool
             raise ConfigError(f"CONFIG: {error}") from None
         if "model" in defaults and config.model != defaults["model"]:
             raise ConfigError(f"model: expected none beside --from, got {config.model!r}")
-        result = train(config, fresh=fresh, accept_changes=accept_changes, console=console)
+        watch = None
+        if nvtx:
+            from flamingo_fast.profiling.annotate import annotate, nvtx_domain
+
+            # Before anything that takes time, an error if the package is missing.
+            nvtx_domain()
+            watch = annotate
+        result = train(
+            config, fresh=fresh, accept_changes=accept_changes, console=console, watch=watch
+        )
     except ConfigError as error:
         _fail(error, 2)
     except (BadSamplesError, CheckpointError, StreamError) as error:

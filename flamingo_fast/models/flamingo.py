@@ -55,7 +55,7 @@ from flamingo_fast.models.tokens import LearntTokens
 from flamingo_fast.models.vision import VisionEncoder
 from flamingo_fast.modules.plain import is_plain, is_sharded
 from flamingo_fast.ops.linear_cross_entropy import linear_cross_entropy
-from flamingo_fast.ranges import span
+from flamingo_fast.ranges import call
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -291,8 +291,7 @@ class Flamingo(nn.Module):
         output = FlamingoOutput()
         if labels is not None:
             labels = labels if packed is None else packed.labels(labels)
-            with span("loss"):
-                output.loss = self._loss(hidden, labels, loss_reduction)
+            output.loss = call("loss", self._loss, hidden, labels, loss_reduction)
         if return_logits or (return_logits is None and labels is None):
             output.logits = self.logits(hidden[:, -logits_to_keep:])
         return output

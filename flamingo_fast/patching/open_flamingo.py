@@ -164,7 +164,7 @@ def finish(self: Any, x: torch.Tensor, attended: torch.Tensor, media: Any, *args
 
 
 def block(
-    self: nn.Module,
+    self: Any,
     x: torch.Tensor,
     media: torch.Tensor,
     media_locations: torch.Tensor | None = None,

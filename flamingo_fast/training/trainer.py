@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,6 +74,7 @@ def train(
     fresh: bool = False,
     accept_changes: bool = False,
     console: Console | None = None,
+    watch: Callable[[Flamingo], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> RunResult:
     """Trains a model, in one process or in those of torchrun.
 
@@ -86,6 +87,8 @@ def train(
         fresh: removes those of an earlier run first.
         accept_changes: goes on though optimizer, weights and such are not the checkpoint's.
         console: where the first rank shows progress; None: nowhere.
+        watch: of the model that is trained, entered before the first step and left after the last,
+            such as `flamingo_fast.profiling.annotate.annotate`.
 
     Raises:
         ConfigError: a field, by name; also one that isn't the checkpoint's.
@@ -98,7 +101,10 @@ def train(
     with contextlib.ExitStack() as resources:
         stop = resources.enter_context(_stop_by_signal())
         device = resources.enter_context(_distributed(config))
-        return _Run(config, device, stop, resources, fresh, accept_changes, console)()
+        run = _Run(config, device, stop, resources, fresh, accept_changes, console)
+        if watch is not None:
+            resources.enter_context(watch(run.model))
+        return run()
 
 
 class _Run:
@@ -161,6 +167,10 @@ class _Run:
         self._progress = Progress(
             console if self._ranks.rank == 0 else None, config.steps, self._step.steps
         )
+
+    @property
+    def model(self) -> Flamingo:
+        return self._model
 
     def __call__(self) -> RunResult:
         step, steps = self._step, self._config.steps
