@@ -183,6 +183,27 @@ def calls(
     return work.calls(unpatched, patched), wrong
 
 
+def one_call(
+    peer: Peer,
+    case: Case,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    patched: bool,
+) -> tuple[nn.Module, Callable[[], Outcomes]]:
+    """A model, patched or not, and a call of a case with it.
+
+    Raises:
+        ImportError: the model can't be had.
+    """
+    model = build(peer, sizes, dtype, device)
+    if patched:
+        patch(model)
+    work = _Work(peer, case, sizes, dtype, device)
+    return model, lambda: work.call(model, work.inputs)
+
+
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """Other modules, with the same parameters and buffers: as much memory as one model."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -241,7 +262,7 @@ class _Work:
     ) -> None:
         self._peer, self._case, self._dtype = peer, case, dtype
         self._clock = _Clock(device)
-        self._inputs = self._on(device, peer.inputs(case, sizes, dtype))
+        self.inputs = self._on(device, peer.inputs(case, sizes, dtype))
         count = case.new_tokens + 1
         self._new_tokens = token_ids(dataclasses.replace(case, tokens=count, images=0), sizes).to(
             device
@@ -313,8 +334,8 @@ class _Work:
         """
         for model in (unpatched, patched):
             model.train(self._case.mode == "train")
-        theirs = self._outcomes(unpatched, self._inputs)
-        ours = self._outcomes(patched, self._inputs)
+        theirs = self._outcomes(unpatched, self.inputs)
+        ours = self._outcomes(patched, self.inputs)
         if ours.keys() != theirs.keys():
             return [f"other tensors: {sorted(ours.keys() ^ theirs.keys())}"]
         if self._dtype == torch.float32:
@@ -325,7 +346,7 @@ class _Work:
                 *disagreements(gradients, theirs, _GRADIENT_TOLERANCE, _LARGEST_GRADIENT_TOLERANCE),
             ]
         exact = self._outcomes(
-            copy.deepcopy(unpatched).float(), self._on(torch.float32, self._inputs)
+            copy.deepcopy(unpatched).float(), self._on(torch.float32, self.inputs)
         )
         return [
             str(found)
@@ -336,8 +357,8 @@ class _Work:
 
     def calls(self, unpatched: nn.Module, patched: nn.Module) -> dict[str, Callable[[], Outcomes]]:
         return {
-            _UNPATCHED: lambda: self.call(unpatched, self._inputs),
-            _PATCHED: lambda: self.call(patched, self._inputs),
+            _UNPATCHED: lambda: self.call(unpatched, self.inputs),
+            _PATCHED: lambda: self.call(patched, self.inputs),
         }
 
     def times(
