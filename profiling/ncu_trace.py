@@ -193,10 +193,8 @@ def _of_long(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -
         names[identity] = name
         value = _number(cell)
         # "Memory Throughput" is there twice: in %, and in bytes a second.
-        if value is not None and (metric, unit) != ("Memory Throughput", "byte/second"):
-            found[identity].setdefault(metric, (value, unit))
-            if unit == "%":
-                found[identity][metric] = value, unit
+        if value is not None and (unit == "%" or metric not in found[identity]):
+            found[identity][metric] = value, unit
     return [_launch(names[identity], metrics) for identity, metrics in found.items()]
 
 
