@@ -130,13 +130,13 @@ def analyse(trace: Trace, session: RecordedSession) -> Analysis:
         row.self_ns += each.ns - length(union(children[each], (each.start, each.end)))
         row.idle_ns += each.ns - busy.within(each.start, each.end)
     work = [each for each in trace.work if _is_of_steps(each, trace.steps, steps)]
-    for each in work:
-        if each.range is None or each.range.root not in steps:
+    for launched in work:
+        if launched.range is None or launched.range.root not in steps:
             continue
-        path = each.range.path
-        rows[path].gpu_self_ns += each.ns
+        path = launched.range.path
+        rows[path].gpu_self_ns += launched.ns
         for depth in range(1, len(path) + 1):
-            rows[path[:depth]].gpu_ns += each.ns
+            rows[path[:depth]].gpu_ns += launched.ns
             rows[path[:depth]].launches += 1
     covered = sum(length(union(children[step], (step.start, step.end))) for step in steps)
     return Analysis(
@@ -205,9 +205,7 @@ def kernel_base(name: str) -> str:
     return re.sub(r"_(?:\d+[dc]e?)+$", "", re.sub(r"<.*", "", name).strip())
 
 
-def _kernels(
-    work: Sequence[GpuWork], session: RecordedSession, steps: int
-) -> list[KernelTime]:
+def _kernels(work: Sequence[GpuWork], session: RecordedSession, steps: int) -> list[KernelTime]:
     rows: dict[str, KernelTime] = {}
     for each in work:
         row = rows.setdefault(each.name, KernelTime(each.name, 0, 0))
@@ -315,13 +313,15 @@ def changes(before: dict[str, float], after: dict[str, float]) -> list[Change]:
 
 def range_changes(before: Analysis, after: Analysis) -> list[Change]:
     """Of ranges by their paths without shapes: those of another batch are still the same."""
-    return changes(*(
-        {" / ".join(row.path): row.total_ns / of.steps for row in merged(of.ranges, bare)}
-        for of in (before, after)
-    ))
+    return changes(
+        *(
+            {" / ".join(row.path): row.total_ns / of.steps for row in merged(of.ranges, bare)}
+            for of in (before, after)
+        )
+    )
 
 
 def kernel_changes(before: Analysis, after: Analysis) -> list[Change]:
-    return changes(*(
-        {row.name: row.total_ns / of.steps for row in of.kernels} for of in (before, after)
-    ))
+    return changes(
+        *({row.name: row.total_ns / of.steps for row in of.kernels} for of in (before, after))
+    )

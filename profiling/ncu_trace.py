@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ class Launch:
     registers: float | None
     dram_bytes: float | None
     stalls: dict[str, float]
+
+
+def mean_times(launches: Iterable[Launch]) -> dict[str, float]:
+    """Kernel -> ns of a mean launch, of those whose time was measured."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for each in launches:
+        if each.ns is not None:
+            found[each.kernel].append(each.ns)
+    return {kernel: sum(times) / len(times) for kernel, times in found.items()}
 
 
 def read_ncu(path: Path) -> list[Launch]:
@@ -141,7 +150,9 @@ def _of_csv(text: str, path: Path) -> list[Launch]:
     try:
         header, *rows = [*csv.reader(io.StringIO("".join(lines[start:])), strict=True)]
     except csv.Error as error:
-        raise ReportError(f"{path}: expected the CSV of ncu, truncated or broken: {error}") from error
+        raise ReportError(
+            f"{path}: expected the CSV of ncu, truncated or broken: {error}"
+        ) from error
     if "Kernel Name" not in header:
         raise ReportError(f"{path}: expected a column 'Kernel Name' of ncu, got {header[:5]}")
     by_metric = "Metric Name" in header
@@ -226,7 +237,11 @@ def _launch(kernel: str, metrics: Metrics) -> Launch:
 def _first(metrics: Metrics, names: Sequence[str], unit: str = "") -> Any:
     """The first of `names` that was measured, in `unit` where that is known."""
     return next(
-        (metrics[n] for n in names if n in metrics and metrics[n][1] in ("", unit or metrics[n][1])),
+        (
+            metrics[n]
+            for n in names
+            if n in metrics and metrics[n][1] in ("", unit or metrics[n][1])
+        ),
         None,
     )
 

@@ -12,12 +12,13 @@ from flamingo_fast.profiling import report_tables
 from flamingo_fast.profiling.analysis import (
     Analysis,
     analyse,
+    changes,
     kernel_changes,
     kind,
     merged,
     range_changes,
 )
-from flamingo_fast.profiling.ncu_trace import Launch, read_ncu
+from flamingo_fast.profiling.ncu_trace import Launch, mean_times, read_ncu
 from flamingo_fast.profiling.nsys_trace import read_nsys
 from flamingo_fast.profiling.recorded_session import RecordedSession, locate
 from flamingo_fast.profiling.report_tables import Rows
@@ -125,7 +126,7 @@ def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) 
         }
     else:
         section.notes.append("There is no GPU work in it, so no kernels, gaps and launches.")
-    section.tables = [_cut(table, f"{suffix}.csv") for table in section.tables if table.rows]
+    section.tables = [_cut(table) for table in section.tables if table.rows]
     if pictures:
         from flamingo_fast.profiling.timeline import draw
 
@@ -145,7 +146,7 @@ def _sentence(analysis: Analysis) -> str:
     return f"{ours}; ranges inside cover {analysis.covered:.1%} of it."
 
 
-def _cut(table: Table, file: str) -> Table:
+def _cut(table: Table) -> Table:
     """Without rows at the end, of which a note tells."""
     more = len(table.rows) - _MOST_ROWS
     if more <= 0:
@@ -157,6 +158,61 @@ def _cut(table: Table, file: str) -> Table:
 def _add_ncu(result: Report, found: Kernels, suffix: str) -> None:
     section = Section("ncu", str(found.path))
     section.sentences = [f"{found.path.name}: {len(found.launches)} launches of kernels."]
-    section.tables = [_cut(report_tables.launch_table(found.launches, found.session), "")]
+    section.tables = [_cut(report_tables.launch_table(found.launches, found.session))]
     result.rows[f"ncu{suffix}"] = report_tables.launch_rows(found.launches, found.session)
     result.sections.append(section)
+
+
+def _add_difference(result: Report, before: Analysis, after: Analysis) -> None:
+    ratio = after.step_s / before.step_s
+    section = Section("difference", "Difference")
+    section.sentences = [
+        f"{before.trace.path} to {after.trace.path}: the median step from "
+        f"{before.step_s * 1e3:.4g} to {after.step_s * 1e3:.4g} ms, {ratio:.3f} times as long."
+    ]
+    for name, of, found in (
+        ("ranges", "Difference by range", range_changes(before, after)),
+        ("kernels", "Difference by kernel", kernel_changes(before, after)),
+    ):
+        if found:
+            section.tables.append(_cut(report_tables.change_table(of, found)))
+            result.rows[f"diff_{name}"] = report_tables.change_rows(found)
+    result.sections.append(section)
+
+
+def _add_ncu_difference(result: Report, before: Kernels, after: Kernels) -> None:
+    """Of the mean time of a launch."""
+    found = changes(*(mean_times(each.launches) for each in (before, after)))
+    section = Section("difference", "Difference of kernels that ncu profiled")
+    note = "Of a mean launch."
+    section.tables = [_cut(report_tables.change_table("Difference by kernel", found, note))]
+    result.rows["diff_ncu"] = report_tables.change_rows(found)
+    result.sections.append(section)
+
+
+def write(result: Report, out: Path, command: str) -> list[Path]:
+    """index.html, a CSV file for each table and timeline*.png in the folder `out`.
+
+    Raises:
+        OSError: that can't be written.
+        ImportError: Jinja is not installed; names the extra.
+    """
+    try:
+        from flamingo_fast.bench import page
+    except ModuleNotFoundError:
+        extra = "pip install 'flamingo_fast[bench]'"
+        raise ImportError(f"the page needs Jinja: {extra}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    sessions = dict.fromkeys(str(each.session) for each in result.analyses)
+    title = "flamingo_fast profile"
+    written = [out / "index.html"]
+    text = page.html("; ".join(filter(None, sessions)), command, result.sections, title)
+    written[0].write_text(text, encoding="utf-8")
+    for name, (header, rows) in result.rows.items():
+        written.append(out / f"{name}.csv")
+        with written[-1].open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    for figure in (each for section in result.sections for each in section.figures):
+        written.append(out / f"{figure.name}.png")
+        written[-1].write_bytes(figure.png)
+    return written

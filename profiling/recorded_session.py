@@ -69,7 +69,9 @@ def locate(path: Path) -> tuple[Path, RecordedSession]:
         ReportError: nothing is there, the session is broken, or its tool's file is missing.
     """
     if not path.exists():
-        raise ReportError(f"{path}: no such file or folder; expected a session or a profiler's file")
+        raise ReportError(
+            f"{path}: no such file or folder; expected a session or a profiler's file"
+        )
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
             raise ReportError(f"{path}: expected a session's folder, with a {FILE_NAME} in it")

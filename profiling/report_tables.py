@@ -16,8 +16,10 @@ _NAME_WIDTH = 100
 def range_rows(analysis: Analysis, ranges: Sequence[RangeTime]) -> Rows:
     """A row for each path of ranges; times are of a mean step."""
     steps = analysis.steps
-    header = ("path", "name", "depth", "calls", "total_ms", "self_ms", "total_percent")
-    header += ("self_percent", "gpu_total_ms", "gpu_self_ms", "launches", "gpu_idle_ms")
+    header = (
+        "path name depth calls total_ms self_ms total_percent self_percent gpu_total_ms "
+        "gpu_self_ms launches gpu_idle_ms"
+    ).split()
     return header, [
         [
             *(" / ".join(row.path), row.path[-1], len(row.path) - 1, row.calls / steps),
@@ -33,8 +35,10 @@ def range_rows(analysis: Analysis, ranges: Sequence[RangeTime]) -> Rows:
 def kernel_rows(analysis: Analysis) -> Rows:
     """A row for each kernel; times and calls are of a mean step."""
     steps = analysis.steps
-    header = ("name", "calls", "total_ms", "percent_of_step", "mean_us", "gb_s")
-    header += ("percent_of_bandwidth", "tflop_s", "percent_of_compute", "expected_calls")
+    header = (
+        "name calls total_ms percent_of_step mean_us gb_s percent_of_bandwidth tflop_s "
+        "percent_of_compute expected_calls"
+    ).split()
     return header, [
         [
             *(row.name, row.calls / steps, row.total_ns / steps / 1e6),
@@ -49,7 +53,7 @@ def kernel_rows(analysis: Analysis) -> Rows:
 
 def gap_rows(analysis: Analysis) -> Rows:
     """A row for each step and GPU."""
-    header = ("step", "gpu", "step_ms", "idle_ms", "idle_percent", "gaps", "largest_gap_ms")
+    header = "step gpu step_ms idle_ms idle_percent gaps largest_gap_ms".split()
     return header, [
         [
             *(row.step, row.device, row.step_ns / 1e6, row.idle_ns / 1e6),
@@ -60,7 +64,7 @@ def gap_rows(analysis: Analysis) -> Rows:
 
 
 def change_rows(changes: Sequence[Change]) -> Rows:
-    header = ("name", "before_ms", "after_ms", "ratio", "difference_ms")
+    header = "name before_ms after_ms ratio difference_ms".split()
     return header, [
         [
             each.name,
@@ -73,9 +77,11 @@ def change_rows(changes: Sequence[Change]) -> Rows:
 
 def launch_rows(launches: Sequence[Launch], session: RecordedSession) -> Rows:
     """A row for each kernel that ncu profiled: means over its launches."""
-    header = ("name", "launches", "mean_us", "compute_percent", "memory_percent", "dram_percent")
-    header += ("occupancy_percent", "registers", "dram_mb", "dram_over_useful_bytes", "gb_s")
-    header += ("percent_of_bandwidth", "tflop_s", "percent_of_compute", "top_stalls")
+    header = (
+        "name launches mean_us compute_percent memory_percent dram_percent "
+        "occupancy_percent registers dram_mb dram_over_useful_bytes gb_s "
+        "percent_of_bandwidth tflop_s percent_of_compute top_stalls"
+    ).split()
     by_kernel: dict[str, list[Launch]] = {}
     for each in launches:
         by_kernel.setdefault(each.kernel, []).append(each)
@@ -94,7 +100,10 @@ def launch_rows(launches: Sequence[Launch], session: RecordedSession) -> Rows:
                     _mean([getattr(each, field) for each in found])
                     for field in ("compute", "memory", "dram", "occupancy", "registers")
                 ),
-                *(None if moved is None else moved / 1e6, moved / useful if moved and useful else None),
+                *(
+                    None if moved is None else moved / 1e6,
+                    moved / useful if moved and useful else None,
+                ),
                 *((rates.gb_s, _percent(rates.of_bandwidth)) if rates else (None, None)),
                 *((rates.tflop_s, _percent(rates.of_compute)) if rates else (None, None)),
                 _stalls(found),
@@ -185,11 +194,11 @@ def launch_bound_table(analysis: Analysis) -> Table:
     return _table("Launch-bound ranges", header, rows, columns, names=names, notes=notes)
 
 
-def change_table(title: str, changes: Sequence[Change]) -> Table:
+def change_table(title: str, changes: Sequence[Change], of: str = "Of a mean step.") -> Table:
     header, rows = change_rows(changes)
     for row, each in zip(rows, changes, strict=True):
         row[3] = "new" if each.before is None else "gone" if each.after is None else row[3]
-    notes = ("Of a mean step. ratio: after over before, below 1 is faster.",)
+    notes = (f"{of} ratio: after over before, below 1 is faster.",)
     return _table(title, header, rows, header[1:], notes=notes)
 
 
@@ -245,6 +254,7 @@ def _table(
         [[name, *(_text(row[p]) for p in places)] for name, row in zip(shown, rows, strict=True)],
         1,
         notes,
+        has_groups=False,
     )
 
 

@@ -35,7 +35,7 @@ def draw(analysis: Analysis) -> Any:
         figsize=(14, 1.6 + 0.34 * len(rows) + 0.22 * (min(len(colours), _LEGEND) // 4)),
         layout="constrained",
     )
-    handles = {}
+    handles: dict[str, Any] = {}
     for row, bars in enumerate(rows.values()):
         for start, width, name in bars:
             key = _colour_key(name)
@@ -103,7 +103,9 @@ def _bars(spans: list[Any], step: Range, name_of: Any) -> list[tuple[float, floa
         start, end = max(each.start, step.start), min(each.end, step.end)
         near = found and start - found[-1][1] < _APART * step.ns
         # A bar that can't be seen takes its neighbour's colour.
-        if near and (found[-1][2] == name and isinstance(each, GpuWork) or _is_thin(found[-1], step)):
+        if near and (
+            found[-1][2] == name and isinstance(each, GpuWork) or _is_thin(found[-1], step)
+        ):
             found[-1] = found[-1][0], max(end, found[-1][1]), name
         else:
             found.append((start, end, name))

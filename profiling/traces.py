@@ -1,4 +1,4 @@
-"""What a profiler recorded, whichever it was: ranges that nest, GPU work, steps. Times are in ns."""
+"""What a profiler recorded, whichever it was: ranges that nest, GPU work, steps; times in ns."""
 
 import dataclasses
 from collections import defaultdict
@@ -167,9 +167,7 @@ def _nest(ranges: Sequence[Range], steps: Sequence[Range]) -> None:
         each.parent = parent
 
 
-def _innermost(
-    ranges: Sequence[Range], times: Iterable[tuple[int, int]]
-) -> Iterator[Range | None]:
+def _innermost(ranges: Sequence[Range], times: Iterable[tuple[int, int]]) -> Iterator[Range | None]:
     """For each time the range around it that began last; both are in the order of starts."""
     coming = iter(ranges)
     following = next(coming, None)
