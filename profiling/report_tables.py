@@ -246,23 +246,26 @@ def _table(
     names: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> Table:
-    places = [header.index(column) for column in columns]
     shown = names or [short_name(str(row[0])) for row in rows]
     return Table(
         title,
         (_header(header[0]) if names is None else "", *map(_header, columns)),
-        [[name, *(_text(row[p]) for p in places)] for name, row in zip(shown, rows, strict=True)],
+        [
+            [name, *(_text(row[header.index(c)], c) for c in columns)]
+            for name, row in zip(shown, rows, strict=True)
+        ],
         1,
         notes,
         has_groups=False,
     )
 
 
-def _text(cell: Cell) -> str:
+def _text(cell: Cell, column: str) -> str:
     if cell is None or isinstance(cell, str):
         return cell or ""
-    if isinstance(cell, int) or cell == int(cell):
-        return str(int(cell))
+    # A whole number in most sessions.
+    if isinstance(cell, int) or column in ("calls", "launches", "registers"):
+        return f"{cell:g}"
     return f"-{digits(-cell)}" if cell < 0 else digits(cell)
 
 
