@@ -15,7 +15,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>flamingo_fast benchmarks</title>
+<title>{{ title }}</title>
 <style>
 :root { --text: #1d1d1f; --soft: #60646c; --line: #d9dbe0; --back: #fff; --band: #f5f6f8;
   --bad: #b3261e; }
@@ -43,7 +43,7 @@ figcaption, li.note { color: var(--soft); font-size: .85rem; }
 </style>
 </head>
 <body>
-<h1>flamingo_fast benchmarks</h1>
+<h1>{{ title }}</h1>
 <p>{{ environment }}</p>
 <p><code>{{ command }}</code></p>
 <nav>{% for section in sections %}
@@ -78,10 +78,16 @@ figcaption, li.note { color: var(--soft); font-size: .85rem; }
 """
 
 
-def html(environment: Environment, command: str, sections: Sequence[Section]) -> str:
+def html(
+    environment: Environment | str,
+    command: str,
+    sections: Sequence[Section],
+    title: str = "flamingo_fast benchmarks",
+) -> str:
     """The page; what is in it as text is escaped.
 
     Arguments:
+        environment: what the numbers depend on.
         command: that made it.
         sections: the first, "summary", has the sentences of all.
     """
@@ -89,7 +95,11 @@ def html(environment: Environment, command: str, sections: Sequence[Section]) ->
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
     ).from_string(_PAGE)
     return template.render(
-        environment=str(environment), command=command, sections=sections, svg=_inline
+        environment=str(environment),
+        command=command,
+        sections=sections,
+        title=title,
+        svg=_inline,
     )
 
 

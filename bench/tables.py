@@ -9,13 +9,17 @@ import rich.table
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns from `first_number` on are numbers. `notes` stand below."""
+    """Columns from `first_number` on are numbers. `notes` stand below.
+
+    `has_groups`: on the terminal a line parts rows whose first cells differ, if some are alike.
+    """
 
     title: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     first_number: int
     notes: Sequence[str] = ()
+    has_groups: bool = True
 
     def rich(self) -> rich.table.Table:
         """A section for each value of the first column."""
@@ -33,7 +37,7 @@ class Table:
                 header, justify="right" if number else "left", no_wrap=number, overflow="fold"
             )
         # Where each row has another one a line between all of them says nothing.
-        has_groups = len({row[0] for row in self.rows}) < len(self.rows)
+        has_groups = self.has_groups and len({row[0] for row in self.rows}) < len(self.rows)
         for index, row in enumerate(self.rows):
             following = self.rows[index + 1 : index + 2]
             is_last = any(next_row[0] != row[0] for next_row in following)
