@@ -33,9 +33,9 @@ def read_nsys(path: Path, session: RecordedSession) -> Trace:
     with tempfile.TemporaryDirectory() as folder:
         report = path
         if path.suffix == ".qdstrm":
-            # The importer writes beside what it reads, and where that is might not be writable.
+            # The importer writes beside what it reads, a link's end too, and changes that.
             stream = Path(folder, "report.qdstrm")
-            stream.symlink_to(path.resolve())
+            shutil.copyfile(path, stream)
             report = Path(folder, "report.nsys-rep")
             _convert(path, (_find_importer(nsys, path), "-i", stream), report)
         tables = Path(folder, "report.sqlite")
@@ -60,8 +60,10 @@ def _find_importer(nsys: Path, path: Path) -> Path:
     around = [*nsys.resolve().parents]
     around += [found for place in _PLACES for found in sorted(Path("/").glob(place[1:]))]
     for folder in around:
-        for found in sorted(folder.glob("host-linux-*/QdstrmImporter")):
-            return found
+        # Debian has it in another folder of that name.
+        for pattern in ("", "nsight-systems/"):
+            for found in sorted(folder.glob(f"{pattern}host-linux-*/QdstrmImporter")):
+                return found
     raise ReportError(
         f"{path}: reading .qdstrm needs host-linux-x64/QdstrmImporter of the Nsight Systems whose "
         f"nsys is {nsys}, and it is not there"

@@ -25,7 +25,7 @@ from flamingo_fast.ranges import span
 
 SCHEMA = 1
 SESSION = "session.json"
-TRACE = "trace.json"
+TRACE = "trace.json.gz"
 CAPTURE = "capture"
 STEP = "step"
 

@@ -50,7 +50,7 @@ class Target:
     mode: str = ""
 
     def work(self) -> list[dict[str, Any]]:
-        """What each of our kernels does in a step; [] of models, whose launches have many shapes."""
+        """What each of our kernels does in a step; [] of models: their launches differ."""
         if self.case is None:
             return []
         from flamingo_fast.profiling.kernel_work import work_of_case
