@@ -81,17 +81,15 @@ def _as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def launches_of(
-    benchmark: Benchmark, shape: Shape, dtype: str, mode: str, target: Target
-) -> list[Launch]:
-    """What a call of a case launches on `target`, in order; tensors are on the CPU.
+def call_case(benchmark: Benchmark, shape: Shape, dtype: str, mode: str) -> None:
+    """A call of a case inside `recording`: our kernels are launched, and nothing large is computed.
 
-    Layouts have their values, and all else has none.
+    Tensors are on the CPU: layouts have their values, and all else has none.
 
     Arguments:
         mode: "fwd" or "fwd_bwd".
     """
-    with _as_on_a_gpu(), _NoLargeFloats(), recording(target) as launches:
+    with _as_on_a_gpu(), _NoLargeFloats():
         inputs = benchmark.make_inputs(shape, DTYPES[dtype], _CPU)
         leaves = [
             value.requires_grad_(mode != "fwd")
@@ -102,6 +100,14 @@ def launches_of(
         if mode != "fwd":
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+
+
+def launches_of(
+    benchmark: Benchmark, shape: Shape, dtype: str, mode: str, target: Target
+) -> list[Launch]:
+    """What `call_case` launches on `target`, in order."""
+    with recording(target) as launches:
+        call_case(benchmark, shape, dtype, mode)
     return launches
 
 
