@@ -90,7 +90,7 @@ def count_all(
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
         ProcessPoolExecutor(mp_context=context) as pool,
     ):
-        small = {each.name: each for case, _ in wanted.values() for each in _first(case)}
+        small = {each.name: each for case, _ in wanted.values() for each in [next(case.small())]}
         futures = {name: pool.submit(count, each) for name, each in small.items()}
         for name in progress(iter(futures), len(futures)):
             done[name] = futures[name].result()
@@ -102,9 +102,6 @@ def count_all(
                 if each.name not in done:
                     done[each.name] = pool.submit(count, each).result()
                 for counted in done[each.name]:
-                    of_case.setdefault(counted.kernel, counted)
+                    if counted.kernel in kernels:
+                        of_case.setdefault(counted.kernel, counted)
     return found
-
-
-def _first(case: RooflineCase) -> list[RooflineCase]:
-    return [next(case.small())]
