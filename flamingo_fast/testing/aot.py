@@ -103,7 +103,7 @@ class Compiler:
     ) -> None:
         if not TRITON_INSTALLED:
             raise ImportError("kernels can't be compiled: Triton is not installed (Linux only)")
-        self._cases_module = cases_module
+        self.cases_module = cases_module
         self._pool = ProcessPoolExecutor(
             workers or os.cpu_count(),
             # Not fork: a child must import Triton afresh.
@@ -123,7 +123,7 @@ class Compiler:
         Raises:
             FileNotFoundError: Triton came without the tools that read NVIDIA binaries.
         """
-        return self._pool.submit(_plan, self._cases_module, tuple(targets)).result()
+        return self._pool.submit(_plan, self.cases_module, tuple(targets)).result()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """`function`, of an importable module, in one of the processes."""
@@ -138,7 +138,7 @@ class Compiler:
         for plan in plans:
             by_source.setdefault(plan.source, []).append(plan)
         futures: dict[Future[Compiled], list[PlannedCompile]] = {
-            self._pool.submit(_compile, self._cases_module, plans_of_one[0]): plans_of_one
+            self._pool.submit(_compile, self.cases_module, plans_of_one[0]): plans_of_one
             for plans_of_one in by_source.values()
         }
         for future in as_completed(futures):
