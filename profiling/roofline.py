@@ -46,12 +46,12 @@ class NoSuchCaseError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Of a binary; `source`: "golden", or "compiled"."""
+    """Of a binary; `taken_from`: "golden", or "compiled"."""
 
     registers: int
     shared_bytes: int
     local_bytes: int
-    source: str
+    taken_from: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ _MORE_SMALL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "gated_residual_layer_norm": ((2, 4160),),
     "masked_cross_attention": ((1, 256, 1, 1, 16, 16),),
     "masked_cross_attention_mllama": ((1, 1, 1, 4, 1, 16, 1, 1100),),
-    "latent_attention": ((1, 16, 1100, 4, 1, 16, 1100),),
+    "latent_attention": ((1, 16, 1100, 8, 1, 16, 1100),),
 }
 
 

@@ -23,22 +23,25 @@ def render(rows: Sequence[Row], targets: Iterable[str]) -> Table:
         *ASSUMPTIONS,
     ]
     table = Table(box=box.SIMPLE, caption="\n".join(notes), caption_justify="left")
-    table.add_column("case", overflow="fold", max_width=26)
+    table.add_column("case", overflow="fold", max_width=28)
     table.add_column("dtype")
     table.add_column("kernel", no_wrap=True)
     for name in ("bytes", "FLOPs", "counted/\nformula"):
         table.add_column(name, justify="right", no_wrap=True)
     for target in targets:
         table.add_column(f"{TARGETS[target]} (predicted)\n     us waves occ. bound", no_wrap=True)
-    for _, of_case in itertools.groupby(rows, key=lambda row: row.case.name):
-        for number, row in enumerate(of_case):
-            case = row.case
-            name = "" if number else f"{case.op} {shape_name(case.shape)}"
+    for _, group in itertools.groupby(rows, key=lambda row: row.case.name):
+        of_case = list(group)
+        case = of_case[0].case
+        names = [case.op, shape_name(case.shape)]
+        names = names if len(of_case) > 1 else [" ".join(names)]
+        names += [""] * (len(of_case) - len(names))
+        for name, row in zip(names, of_case, strict=True):
             work, kernel = row.shown.work.useful, row.kernel.removeprefix("_")
             calls = f" x{row.shown.calls}" if row.shown.calls > 1 else ""
             table.add_row(
                 name,
-                "" if number else case.dtype,
+                case.dtype,
                 kernel.removesuffix("_kernel") + calls,
                 _scaled(work.bytes),
                 _scaled(work.vector_flops + work.matmul_flops),
