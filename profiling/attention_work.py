@@ -6,7 +6,6 @@ items, blocks of rows or splits load again come from caches, and tiles have padd
 """
 
 import dataclasses
-import itertools
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from flamingo_fast.layout import MediaLayout
 from flamingo_fast.profiling.launches import Call
 from flamingo_fast.profiling.rowwise_work import LaunchWork
 
-# Operations of a score beside the two products that it takes part in: forward it is scaled, has the
-# largest subtracted, is exponentiated, added up and rounded; backward as much and, for dS, two more.
+# Operations of a score beside its products, as `bench.work` counts them: forward it is scaled, has
+# the largest subtracted, is exponentiated, added up and rounded; for dS two more.
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 5, 7
 
 

@@ -23,12 +23,15 @@ class Counted:
     Attributes:
         at: the case's name.
         bytes: as lanes ask for them.
+        memory: bytes of the 32-byte sectors that are touched, beside useful ones; at small shapes
+            much of a sector may be nobody's.
         flops: of products of tiles; None: it has none.
     """
 
     kernel: str
     at: str
     bytes: float
+    memory: float
     flops: float | None
 
 
@@ -58,15 +61,24 @@ def count(case: RooflineCase) -> list[Counted]:
     found = []
     for kernel in dict.fromkeys(started):
         measured = guarded.total(kernel)
-        formulas = [work_of_call(call).executed for call in calls if call.kernel == kernel]
-        num_bytes = sum(work.bytes for work in formulas)
-        flops = sum(work.matmul_flops for work in formulas)
+        formulas = [work_of_call(call) for call in calls if call.kernel == kernel]
+        lanes, useful, flops = (
+            sum(numbers)
+            for numbers in zip(
+                *(
+                    (work.executed.bytes, work.useful.bytes, work.executed.matmul_flops)
+                    for work in formulas
+                ),
+                strict=True,
+            )
+        )
         found.append(
             Counted(
                 kernel,
                 case.name,
-                (measured.bytes_loaded + measured.bytes_stored) / num_bytes,
-                measured.dot_flops / flops if flops else None,
+                bytes=(measured.bytes_loaded + measured.bytes_stored) / lanes,
+                memory=(measured.sectors_loaded + measured.sectors_stored) / useful,
+                flops=measured.dot_flops / flops if flops else None,
             )
         )
     return found

@@ -47,9 +47,7 @@ class _NoLargeFloats(TorchDispatchMode):
         if func._schema.is_mutable:
             return args[0] if "out" not in kwargs else kwargs["out"]
         with self._shapes as shapes:
-            fake_args, fake_kwargs = tree_map_only(
-                torch.Tensor, shapes.from_tensor, (args, kwargs)
-            )
+            fake_args, fake_kwargs = tree_map_only(torch.Tensor, shapes.from_tensor, (args, kwargs))
             outputs = func(*fake_args, **fake_kwargs)
         # Drawn numbers, and the like.
         if not tensors and not any(map(_is_large_float, tree_leaves(outputs))):

@@ -1,7 +1,7 @@
 """Commands about this machine and the kernels."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +110,7 @@ def _track(things: Iterable[Any], what: str, total: int) -> Iterable[Any]:
     return track(things, what, total, console=Console(stderr=True), transient=True)
 
 
-def _refuse(option: str, others: dict[str, object]) -> None:
+def _refuse(option: str, others: Mapping[str, object]) -> None:
     if given := [f"--{name}" for name, value in others.items() if value]:
         raise typer.BadParameter(f"{option}: goes without {', '.join(given)}")
 
