@@ -19,17 +19,24 @@ def render(rows: Sequence[Row], targets: Iterable[str]) -> Table:
     notes = [
         "times a call, waves of blocks and occupancy of warps; x6: so many calls alike",
         "counted/formula: bytes that lanes ask for and operations of products, counted in the "
-        "interpreter at a small shape of the op, or of another with the kernel (--json has it)",
+        "interpreter at a small shape (--json has it), where what a program loads for itself is "
+        "left out and may be 6 %",
         *ASSUMPTIONS,
     ]
-    table = Table(box=box.SIMPLE, caption="\n".join(notes), caption_justify="left")
-    table.add_column("case", overflow="fold", max_width=28)
+    table = Table(
+        box=box.SIMPLE,
+        caption="\n".join(notes),
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("case", overflow="fold")
     table.add_column("dtype")
     table.add_column("kernel", no_wrap=True)
     for name in ("bytes", "FLOPs", "counted/\nformula"):
         table.add_column(name, justify="right", no_wrap=True)
     for target in targets:
-        table.add_column(f"{TARGETS[target]} (predicted)\n     us waves occ. bound", no_wrap=True)
+        table.add_column(f"{TARGETS[target]} (predicted)\n    us waves occ. bound", no_wrap=True)
     for _, group in itertools.groupby(rows, key=lambda row: row.case.name):
         of_case = list(group)
         case = of_case[0].case
@@ -67,7 +74,7 @@ def _cell(on: OnGpu | None) -> Text:
     waves, bound = on.prediction.waves, on.prediction.bound
     if on.prediction.us is None:
         return Text(bound, _COLORS[bound])
-    numbers = f"{on.prediction.us:7.1f} {waves.waves:5.2f} {waves.occupancy:4.0%} {bound}"
+    numbers = f"{on.prediction.us:6.1f} {waves.waves:5.2f} {waves.occupancy:4.0%} {bound}"
     return Text(numbers, _COLORS.get(bound, ""))
 
 
