@@ -37,22 +37,25 @@ def draw(analysis: Analysis) -> Any:
     )
     handles: dict[str, Any] = {}
     for row, bars in enumerate(rows.values()):
+        spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for start, width, name in bars:
-            key = _colour_key(name)
-            bar = axis.barh(
-                *(row, width, 0.86, start),
-                color=colours[key],
-                # Of a backward the colour of its forward, paler.
-                alpha=0.55 if name.endswith(" backward") else 1,
-                edgecolor="white",
-                linewidth=0.3,
-            )
-            handles.setdefault(key, bar)
+            spans[name].append((start, width))
             if width * 1e6 / step.ns > _CHARACTER * (len(name) + 1):
                 axis.text(
                     *(start + width / 2, row, name),
                     **{"ha": "center", "va": "center", "fontsize": 7, "clip_on": True},
                 )
+        for name, of_name in spans.items():
+            drawn = axis.broken_barh(
+                of_name,
+                (row - 0.43, 0.86),
+                facecolors=colours[_colour_key(name)],
+                # Of a backward the colour of its forward, paler.
+                alpha=0.55 if name.endswith(" backward") else 1,
+                edgecolor="white",
+                linewidth=0.3,
+            )
+            handles.setdefault(_colour_key(name), drawn)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, step.ns / 1e6)

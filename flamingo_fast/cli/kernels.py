@@ -1,8 +1,9 @@
 """Commands about this machine and the kernels."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -51,14 +52,35 @@ def kernels(
             "--json", dir_okay=False, writable=True, help="Write the numbers to this file."
         ),
     ] = None,
+    roofline: Annotated[
+        bool,
+        typer.Option(
+            "--roofline",
+            help="Predict times of the benchmarks' shapes on GPUs instead. Minutes; --case takes "
+            "a part of op/shape/dtype, and without it only bf16 is shown.",
+        ),
+    ] = False,
+    sass: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="KERNEL ARCH",
+            help="Show the hot loop of a kernel's machine code and its live registers instead, "
+            "such as one_medium_fwd sm_90.",
+        ),
+    ] = None,
 ) -> None:
     """Compile the kernels for GPUs that need not be there and check what comes out.
 
     Exits with 1 if a kernel spills, needs too much shared memory or is worse than its golden.
     """
     check_writable("json", json_file)
-
-    from rich.progress import track
+    of_the_gate = {"changed": changed, "sample": sample, "update": update}
+    if sass is not None:
+        _refuse("sass", of_the_gate | {"roofline": roofline, "target": target, "json": json_file})
+        return _show_sass(*sass, case)
+    if roofline:
+        _refuse("roofline", of_the_gate)
+        return _show_roofline(target or [], case, json_file)
 
     from flamingo_fast.testing.aot import TARGETS, Compiler
     from flamingo_fast.testing.aot_gate import BadSelectionError, Selection, render, run_gate
@@ -70,9 +92,7 @@ def kernels(
                 compiler,
                 selection,
                 update=update,
-                progress=lambda outcomes, total: track(
-                    outcomes, "Compiling", total, console=Console(stderr=True), transient=True
-                ),
+                progress=lambda outcomes, total: _track(outcomes, "Compiling", total),
             )
     except BadSelectionError as error:
         raise typer.BadParameter(str(error)) from error
@@ -82,3 +102,40 @@ def kernels(
     wide_console().print(render(report))
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _track(things: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    from rich.progress import track
+
+    return track(things, what, total, console=Console(stderr=True), transient=True)
+
+
+def _refuse(option: str, others: Mapping[str, object]) -> None:
+    if given := [f"--{name}" for name, value in others.items() if value]:
+        raise typer.BadParameter(f"{option}: goes without {', '.join(given)}")
+
+
+def _show_sass(kernel: str, arch: str, case: str) -> None:
+    from flamingo_fast.profiling.sass import NoSuchKernelError, show_hot_loop
+    from flamingo_fast.testing.aot import Compiler
+
+    try:
+        with Compiler(workers=1) as compiler:
+            typer.echo(show_hot_loop(compiler, kernel, arch, case))
+    except NoSuchKernelError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _show_roofline(targets: list[str], case: str, json_file: Path | None) -> None:
+    from flamingo_fast.profiling import roofline, roofline_table
+    from flamingo_fast.testing.aot import Compiler
+
+    try:
+        chosen, cases = roofline.check_targets(targets), roofline.choose_cases(case)
+    except roofline.NoSuchCaseError as error:
+        raise typer.BadParameter(str(error)) from error
+    with Compiler("flamingo_fast.profiling.roofline_cases") as compiler:
+        rows = roofline.run_roofline(compiler, cases, chosen, _track)
+    if json_file is not None:
+        json_file.write_text(json.dumps(roofline_table.as_json(rows), indent=1) + "\n")
+    wide_console().print(roofline_table.render(rows, chosen))

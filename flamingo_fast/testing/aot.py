@@ -103,7 +103,7 @@ class Compiler:
     ) -> None:
         if not TRITON_INSTALLED:
             raise ImportError("kernels can't be compiled: Triton is not installed (Linux only)")
-        self._cases_module = cases_module
+        self.cases_module = cases_module
         self._pool = ProcessPoolExecutor(
             workers or os.cpu_count(),
             # Not fork: a child must import Triton afresh.
@@ -123,7 +123,11 @@ class Compiler:
         Raises:
             FileNotFoundError: Triton came without the tools that read NVIDIA binaries.
         """
-        return self._pool.submit(_plan, self._cases_module, tuple(targets)).result()
+        return self._pool.submit(_plan, self.cases_module, tuple(targets)).result()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """`function`, of an importable module, in one of the processes."""
+        return self._pool.submit(function, *arguments)
 
     def triton_version(self) -> str:
         return self._pool.submit(_triton_version).result()
@@ -134,7 +138,7 @@ class Compiler:
         for plan in plans:
             by_source.setdefault(plan.source, []).append(plan)
         futures: dict[Future[Compiled], list[PlannedCompile]] = {
-            self._pool.submit(_compile, self._cases_module, plans_of_one[0]): plans_of_one
+            self._pool.submit(_compile, self.cases_module, plans_of_one[0]): plans_of_one
             for plans_of_one in by_source.values()
         }
         for future in as_completed(futures):
@@ -156,32 +160,53 @@ def _triton_version() -> str:
 def _plan(cases_module: str, targets: tuple[str, ...]) -> list[PlannedCompile]:
     if any(target.startswith("sm_") for target in targets):
         nvidia_tools()
-    plans = []
+    plans: list[PlannedCompile] = []
     for case in importlib.import_module(cases_module).CASES:
         for target in targets:
-            sources: dict[str, list[str]] = {}
-            for position, launch in enumerate(_launches(case, target)):
-                specialization = _specialization(launch, target)
-                source = _hash(target, source_of(launch.kernel), specialization)
-                seen = sources.setdefault(launch.kernel.__name__, [])
-                if source in seen:
-                    continue
-                seen.append(source)
-                suffix = f"#{len(seen)}" if len(seen) > 1 else ""
-                kernel = launch.kernel.__name__ + suffix
-                plans.append(
-                    PlannedCompile(
-                        case.name, target, kernel, position, source, specialization, case.rules
-                    )
-                )
+            of_kernels: dict[str, PlannedCompile] = {}
+            for plan, _ in plan_launches(case, target):
+                of_kernels.setdefault(plan.kernel, plan)
+            plans += of_kernels.values()
     return plans
 
 
-def _compile(cases_module: str, plan: PlannedCompile) -> Compiled:
+def plan_launches(case: KernelCase, target: str) -> list[tuple[PlannedCompile, Any]]:
+    """The compile that each launch of a case needs, in order, and the launch.
+
+    Launches of one binary differ in `launch` alone. To be called where kernels are compiled, so in
+    a `Compiler`'s processes.
+    """
+    plans: list[tuple[PlannedCompile, Any]] = []
+    sources: dict[str, list[str]] = {}
+    for position, launch in enumerate(_launches(case, target)):
+        specialization = _specialization(launch, target)
+        source = _hash(target, source_of(launch.kernel), specialization)
+        seen = sources.setdefault(launch.kernel.__name__, [])
+        if source not in seen:
+            seen.append(source)
+        number = seen.index(source) + 1
+        kernel = launch.kernel.__name__ + (f"#{number}" if number > 1 else "")
+        plan = PlannedCompile(
+            case.name, target, kernel, position, source, specialization, case.rules
+        )
+        plans.append((plan, launch))
+    return plans
+
+
+def compile_launch(cases_module: str, plan: PlannedCompile) -> Any:
+    """The CompiledKernel of a plan; to be called as `plan_launches`.
+
+    Raises:
+        Exception: whatever Triton and LLVM raise.
+    """
     cases = {case.name: case for case in importlib.import_module(cases_module).CASES}
     launch = _launches(cases[plan.case], plan.target)[plan.launch]
+    return _warmup(launch, plan.target, plan.target)
+
+
+def _compile(cases_module: str, plan: PlannedCompile) -> Compiled:
     try:
-        return Compiled(plan, read_binary(_warmup(launch, plan.target, plan.target)))
+        return Compiled(plan, read_binary(compile_launch(cases_module, plan)))
     except Exception as error:
         # Triton and LLVM raise what they like; one kernel's failure must not hide the others'.
         lines = str(error).strip().splitlines() or [""]
