@@ -31,9 +31,9 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test test-transformers bench bench-full bench-pytest aot demo gpu gpu-test gpu-bench install clean distclean
+.PHONY: check lint test test-transformers test-nsys bench bench-full bench-pytest aot demo gpu gpu-test gpu-bench install clean distclean
 
-check: lint test test-transformers
+check: lint test test-transformers test-nsys
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
@@ -44,6 +44,14 @@ test: $(STAMP)
 test-transformers: $(OTHER)/.installed
 	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
 	  $(filter-out %_bench.py,$(wildcard tests/test_patch*.py)) $(TEST_ARGS))
+
+# Nsight Systems from Debian, unpacked beside; with it comes a libcuda that has no driver. Where it
+# can't be had the reason is printed, and that is all.
+NSYS := build/nsys
+
+test-nsys: $(STAMP)
+	$(call timed,$@,profiling/install_nsys.sh $(NSYS) || test $$? = 3 && { test ! -f $(NSYS)/env || \
+	  { . $(NSYS)/env && $(BIN)/python -m pytest -q tests/test_nsys.py $(TEST_ARGS); }; })
 
 # Table 3 at a small scale and one case of each family: a quarter of an hour on 2 cores.
 bench: $(STAMP)
