@@ -112,7 +112,11 @@ def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) 
     kinds = merged(analysis.ranges, kind)
     if len(kinds) < len(analysis.ranges):
         section.tables.append(report_tables.range_table(analysis, kinds, "Ranges by kind"))
-    section.tables.append(report_tables.range_table(analysis, analysis.ranges, "Ranges"))
+    # A range is as long as those inside, so that the longest are a tree, too.
+    least = sorted((each.total_ns for each in analysis.ranges), reverse=True)[:_MOST_ROWS][-1]
+    longest = [each for each in analysis.ranges if each.total_ns >= least]
+    title = "Ranges" if len(longest) == len(analysis.ranges) else "Longest ranges"
+    section.tables.append(report_tables.range_table(analysis, longest, title))
     if analysis.kernels:
         section.tables += [
             report_tables.kernel_table(analysis),
