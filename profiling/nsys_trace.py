@@ -18,7 +18,6 @@ from flamingo_fast.profiling.traces import GpuWork, Range, ReportError, Trace, a
 _DOMAIN_CREATE, _PUSH_POP, _START_END = 75, 59, 60
 # CUPTI's CUpti_ActivityMemcpyKind.
 _COPIES = {1: "host to device", 2: "device to host", 8: "device to device", 10: "peer to peer"}
-_PLACES = ("/usr/lib/nsight-systems", "/opt/nvidia/nsight-systems/*", "/usr/local/cuda*/nsight-*")
 
 
 def read_nsys(path: Path, session: RecordedSession) -> Trace:
@@ -57,11 +56,11 @@ def _find_nsys(path: Path) -> Path:
 
 
 def _find_importer(nsys: Path, path: Path) -> Path:
-    around = [*nsys.resolve().parents]
-    around += [found for place in _PLACES for found in sorted(Path("/").glob(place[1:]))]
-    for folder in around:
-        for found in sorted(folder.glob("host-linux-*/QdstrmImporter")):
-            return found
+    """Beside nsys in NVIDIA's packages; Debian's has a folder of the architecture between them."""
+    for folder in nsys.resolve().parents:
+        for pattern in ("host-linux-*", "nsight-systems*/host-linux-*"):
+            for found in sorted(folder.glob(f"{pattern}/QdstrmImporter")):
+                return found
     raise ReportError(
         f"{path}: reading .qdstrm needs host-linux-x64/QdstrmImporter of the Nsight Systems whose "
         f"nsys is {nsys}, and it is not there"
