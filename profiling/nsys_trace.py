@@ -32,11 +32,8 @@ def read_nsys(path: Path, session: RecordedSession) -> Trace:
     with tempfile.TemporaryDirectory() as folder:
         report = path
         if path.suffix == ".qdstrm":
-            # The importer writes beside what it reads, and where that is might not be writable.
-            stream = Path(folder, "report.qdstrm")
-            stream.symlink_to(path.resolve())
             report = Path(folder, "report.nsys-rep")
-            _convert(path, (_find_importer(nsys, path), "-i", stream), report)
+            _convert(path, (_find_importer(nsys, path), "-i", path, "-o", report), report)
         tables = Path(folder, "report.sqlite")
         options = ("export", "--type", "sqlite", "--force-overwrite", "true", "--output")
         _convert(path, (nsys, *options, tables, report), tables)
