@@ -275,15 +275,23 @@ def kind(name: str) -> str:
     return re.sub(r" \d+(?= |$)", "", bare(name))
 
 
-def merged(rows: Iterable[RangeTime], name_of: Callable[[str], str]) -> list[RangeTime]:
-    """As one those ranges whose paths are alike after `name_of` of each name."""
-    found: dict[tuple[str, ...], RangeTime] = {}
+Path = tuple[str, ...]
+
+
+def merged(rows: Iterable[RangeTime], path_of: Callable[[Path], Path]) -> list[RangeTime]:
+    """As one those ranges whose paths are alike after `path_of`."""
+    found: dict[Path, RangeTime] = {}
     for row in rows:
-        path = tuple(name_of(name) for name in row.path)
+        path = path_of(row.path)
         into = found.setdefault(path, RangeTime(path))
         for field in dataclasses.fields(RangeTime)[1:]:
             setattr(into, field.name, getattr(into, field.name) + getattr(row, field.name))
     return [*found.values()]
+
+
+def by_kind(rows: Iterable[RangeTime]) -> list[RangeTime]:
+    """Wherever they are in the tree; those with the most time of their own first."""
+    return sorted(merged(rows, lambda path: (kind(path[-1]),)), key=lambda row: -row.self_ns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +323,10 @@ def range_changes(before: Analysis, after: Analysis) -> list[Change]:
     """Of ranges by their paths without shapes: those of another batch are still the same."""
     return changes(
         *(
-            {" / ".join(row.path): row.total_ns / of.steps for row in merged(of.ranges, bare)}
+            {
+                " / ".join(row.path): row.total_ns / of.steps
+                for row in merged(of.ranges, lambda path: tuple(map(bare, path)))
+            }
             for of in (before, after)
         )
     )

@@ -12,10 +12,9 @@ from flamingo_fast.profiling import report_tables
 from flamingo_fast.profiling.analysis import (
     Analysis,
     analyse,
+    by_kind,
     changes,
     kernel_changes,
-    kind,
-    merged,
     range_changes,
 )
 from flamingo_fast.profiling.ncu_trace import Launch, mean_times, read_ncu
@@ -109,9 +108,8 @@ def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) 
     section.sentences = [_sentence(analysis)]
     section.notes += analysis.trace.notes
     result.rows |= {f"ranges{suffix}": report_tables.range_rows(analysis, analysis.ranges)}
-    kinds = merged(analysis.ranges, kind)
-    if len(kinds) < len(analysis.ranges):
-        section.tables.append(report_tables.range_table(analysis, kinds, "Ranges by kind"))
+    kinds = by_kind(analysis.ranges)
+    section.tables.append(report_tables.range_table(analysis, kinds, "Ranges by kind"))
     # A range is as long as those inside, so that the longest are a tree, too.
     least = sorted((each.total_ns for each in analysis.ranges), reverse=True)[:_MOST_ROWS][-1]
     longest = [each for each in analysis.ranges if each.total_ns >= least]
