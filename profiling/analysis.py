@@ -12,7 +12,7 @@ from flamingo_fast.profiling.recorded_session import KernelWork, RecordedSession
 from flamingo_fast.profiling.traces import GpuWork, Interval, Range, Trace, length, union
 
 # Of a range's time: with less of it idle the GPU hardly waited.
-_IDLE_SHARE = 0.1
+IDLE_SHARE = 0.1
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class RangeTime:
     @property
     def is_launch_bound(self) -> bool:
         """Whether its GPU work takes less than the CPU does, and the GPU waits meanwhile."""
-        return self.gpu_ns < self.total_ns and self.idle_ns > _IDLE_SHARE * self.total_ns
+        return self.gpu_ns < self.total_ns and self.idle_ns > IDLE_SHARE * self.total_ns
 
 
 @dataclasses.dataclass
@@ -275,12 +275,12 @@ def kind(name: str) -> str:
     return re.sub(r" \d+(?= |$)", "", bare(name))
 
 
-Path = tuple[str, ...]
+RangePath = tuple[str, ...]
 
 
-def merged(rows: Iterable[RangeTime], path_of: Callable[[Path], Path]) -> list[RangeTime]:
+def merged(rows: Iterable[RangeTime], path_of: Callable[[RangePath], RangePath]) -> list[RangeTime]:
     """As one those ranges whose paths are alike after `path_of`."""
-    found: dict[Path, RangeTime] = {}
+    found: dict[RangePath, RangeTime] = {}
     for row in rows:
         path = path_of(row.path)
         into = found.setdefault(path, RangeTime(path))

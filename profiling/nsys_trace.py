@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from operator import index
 from pathlib import Path
 
 from flamingo_fast.profiling.recorded_session import RecordedSession
@@ -21,8 +22,11 @@ _COPIES = {1: "host to device", 2: "device to host", 8: "device to device", 10: 
 
 
 def read_nsys(path: Path, session: RecordedSession) -> Trace:
-    """Raises:
-    ReportError: `path` is no report, is truncated, has no steps, or needs nsys and there is none.
+    """Of the NVTX domain of `session`.
+
+    Raises:
+        ReportError: `path` is no report, is truncated, has no steps, or needs nsys and there is
+            none.
     """
     if path.stat().st_size == 0:
         raise ReportError(f"{path}: expected a report of Nsight Systems, got an empty file")
@@ -87,7 +91,8 @@ def _read_tables(tables: Path, path: Path, session: RecordedSession) -> Trace:
             report = _Tables(connection, path)
             ranges = [*_ranges(report, session, notes)]
             work = [*_work(report)]
-    except sqlite3.Error as error:
+    # TypeError: what should be a number is none, in tables that have but the same names.
+    except (sqlite3.Error, TypeError) as error:
         raise ReportError(
             f"{path}: expected tables of `nsys export --type sqlite`; "
             f"it is truncated or something else: {error}"
@@ -153,9 +158,9 @@ def _ranges(report: _Tables, session: RecordedSession, notes: list[str]) -> Iter
             if end is None:
                 unfinished += text != session.capture
             else:
-                yield Range(text, start, end, _process(thread), thread)
+                yield Range(text, index(start), index(end), _process(thread), thread)
     if unfinished:
-        notes.append(f"{unfinished} ranges that had not ended with the recording are left out.")
+        notes.append(f"Left out, as they had not ended with the recording: {unfinished} ranges.")
 
 
 def _work(report: _Tables) -> Iterator[GpuWork]:
@@ -164,13 +169,13 @@ def _work(report: _Tables) -> Iterator[GpuWork]:
         columns = ("start", "globalTid", "correlationId")
         for start, thread, correlation in report.rows("CUPTI_ACTIVITY_KIND_RUNTIME", columns):
             launches[_process(thread), correlation] = thread, start
-    place = ("start", "end", "deviceId", "streamId", "correlationId")
+    place = ("start", "end", "deviceId", "streamId", "correlationId", "globalPid")
     for table, optional in (
-        ("CUPTI_ACTIVITY_KIND_KERNEL", ("globalPid", "demangledName", "shortName")),
-        ("CUPTI_ACTIVITY_KIND_MEMCPY", ("globalPid", "copyKind")),
-        ("CUPTI_ACTIVITY_KIND_MEMSET", ("globalPid",)),
+        ("CUPTI_ACTIVITY_KIND_KERNEL", ("demangledName", "shortName")),
+        ("CUPTI_ACTIVITY_KIND_MEMCPY", ("copyKind",)),
+        ("CUPTI_ACTIVITY_KIND_MEMSET", ()),
         # Whole graphs, where nsys was not told to trace their kernels.
-        ("CUPTI_ACTIVITY_KIND_GRAPH_TRACE", ("globalPid",)),
+        ("CUPTI_ACTIVITY_KIND_GRAPH_TRACE", ()),
     ):
         if table not in report.names:
             continue
@@ -185,5 +190,6 @@ def _work(report: _Tables) -> Iterator[GpuWork]:
                 name = "[fill]" if table.endswith("MEMSET") else "[CUDA graph]"
             process = _process(pid or 0)
             yield GpuWork(
-                *(name, start, end, process, device, stream), launches.get((process, correlation))
+                *(name, index(start), index(end), process, device, stream),
+                launches.get((process, correlation)),
             )

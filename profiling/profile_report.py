@@ -104,7 +104,8 @@ def report(paths: Sequence[Path], *, pictures: bool = False) -> Report:
 
 
 def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) -> None:
-    section = Section("trace", str(analysis.trace.path))
+    # Ids of plots are made of it.
+    section = Section(f"trace{suffix}", str(analysis.trace.path))
     section.sentences = [_sentence(analysis)]
     section.notes += analysis.trace.notes
     result.rows |= {f"ranges{suffix}": report_tables.range_rows(analysis, analysis.ranges)}

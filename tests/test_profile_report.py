@@ -228,7 +228,7 @@ def test_only_captured_steps_of_one_process_count(tmp_path: Path) -> None:
     analysis = analysed(tables.close())
     assert [step.ns / MS for step in analysis.trace.steps] == [10, 10]
     assert analysis.trace.notes == [
-        "1 ranges that had not ended with the recording are left out.",
+        "Left out, as they had not ended with the recording: 1 ranges.",
         "2 processes have steps; this is the first one's.",
     ]
 
@@ -290,6 +290,13 @@ def _other_columns(path: Path) -> None:
     tables.close()
 
 
+def _no_numbers(path: Path) -> None:
+    tables = NsysTables(path)
+    tables.range("step", 0, 1)
+    tables.execute("UPDATE NVTX_EVENTS SET start = 'noon'")
+    tables.close()
+
+
 def _no_step(path: Path) -> None:
     tables = NsysTables(path)
     tables.range("iteration", 0, 1)
@@ -312,6 +319,7 @@ def _no_captured_step(path: Path) -> None:
         (_truncated, "nsys export.*truncated"),
         (_other_tables, "expected the table NVTX_EVENTS.*CUPTI_ACTIVITY_KIND_MEMCPY"),
         (_other_columns, "columns.*of NVTX_EVENTS, which lacks globalTid"),
+        (_no_numbers, "truncated or something else: .*integer"),
         (_no_step, "expected ranges 'step' around steps, found 'iteration'"),
         (_no_captured_step, "inside of a range 'capture'"),
     ],
@@ -341,8 +349,8 @@ def test_bad_tables_are_refused_by_name(
     [
         ({"schema": 2}, "schema: expected 1, got 2"),
         ({"tool": "perf"}, "tool: expected one of nsys, ncu, torch; got 'perf'"),
-        ({"step_s": [0.1, "x"]}, "step_s: expected a number, got 'x'"),
-        ({"step_s": [float("nan")]}, "step_s: expected a number, got nan"),
+        ({"step_s": [0.1, "x"]}, "step_s: expected a number from 0, got 'x'"),
+        ({"step_s": [float("nan")]}, "step_s: expected a number from 0, got nan"),
         ({"work": [{"kernel": "k"}]}, "work\\[0\\].calls: expected int, got nothing"),
         ({"work": [7]}, "work\\[0\\].kernel: expected str, got nothing"),
         ({"ceilings": {"gb_s": 1}}, "ceilings.matmul_tflop_s: expected dict, got nothing"),
