@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from flamingo_fast.bench.plot import import_pyplot
 from flamingo_fast.bench.section import Figure, Section
 from flamingo_fast.bench.tables import Table
 from flamingo_fast.profiling import report_tables
@@ -81,6 +80,9 @@ def report(paths: Sequence[Path], *, pictures: bool = False) -> Report:
         ImportError: matplotlib is not installed; names the extra.
     """
     if pictures:
+        # Brings all benchmarks with it.
+        from flamingo_fast.bench.plot import import_pyplot
+
         import_pyplot()
     found = [read(path) for path in paths]
     analyses = [each for each in found if isinstance(each, Analysis)]
