@@ -97,10 +97,12 @@ def test_a_launch_without_a_range_counts_in_its_step_and_one_outside_does_not(
     tables.range("step", 10, 20)
     tables.range("loss", 12, 14)
     tables.kernel("unknown_launch", 12.5, 13)
-    tables.kernel("other_thread", 15, 16, launch=13, thread=AUTOGRAD)
+    tables.kernel("other_thread", 15, 16, launch=13, thread=AUTOGRAD, correlationId=77)
     tables.kernel("warm_up", 2, 9, launch=1)
+    tables.kernel("after", 25, 26, launch=22)
     # The same correlation id in another process is another launch.
-    tables.kernel("other_process", 13, 14, launch=13, thread=(PROCESS + 1) << 24 | 1)
+    other = (PROCESS + 1) << 24 | 1
+    tables.kernel("other_process", 13, 14, launch=30, thread=other, correlationId=77)
     tables.fill(16, 17, launch=15)
     analysis = analysed(tables.close())
     assert {row.name for row in analysis.kernels} == {"unknown_launch", "other_thread", "[fill]"}
