@@ -142,7 +142,7 @@ def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) 
 
 def _sentence(analysis: Analysis) -> str:
     median = f"{analysis.step_s * 1e3:.4g} ms"
-    ours = f"{analysis.trace.path.name}: {analysis.steps} steps, the median {median}"
+    ours = f"{analysis.trace.path}: {analysis.steps} steps, the median {median}"
     if driver := analysis.driver_s:
         apart = f"{abs(analysis.step_s / driver - 1):.1%}"
         ours += f" ({driver * 1e3:.4g} ms by the driver's clock, {apart} apart)"
@@ -162,7 +162,7 @@ def _cut(table: Table) -> Table:
 
 def _add_ncu(result: Report, found: Kernels, suffix: str) -> None:
     section = Section("ncu", str(found.path))
-    section.sentences = [f"{found.path.name}: {len(found.launches)} launches of kernels."]
+    section.sentences = [f"{found.path}: {len(found.launches)} launches of kernels."]
     section.tables = [_cut(report_tables.launch_table(found.launches, found.session))]
     result.rows[f"ncu{suffix}"] = report_tables.launch_rows(found.launches, found.session)
     result.sections.append(section)

@@ -262,7 +262,7 @@ def _cut_row(text: str) -> str:
         ('"ID","Name"\n"1","x"\n', "expected a column 'Kernel Name' of ncu"),
         (_cut_row(raw_page()), "row 6 has 14 fields, expected 18: truncated"),
         (raw_page() + '"3","py', "truncated or broken"),
-        ("\n".join(raw_page().splitlines()[:3]) + "\n", "kernels that ncu profiled, found none"),
+        ("\n".join(raw_page().splitlines()[:3]) + "\n", "with kernels in it, found none"),
         (_line([*NCU_COLUMNS, "Metric Name"]), "expected the columns"),
         (_cut_row(details_page()), "row 9 ends before its value: truncated"),
         (b"\xff\xfe\x00", "expected the CSV of ncu"),
