@@ -93,8 +93,8 @@ def read_ncu(path: Path) -> list[Launch]:
         launches = _of_report(path)
     if not launches:
         raise ReportError(
-            f"{path}: expected a report of Nsight Compute with kernels in it, found none: nothing was "
-            "profiled, or it is truncated or something else"
+            f"{path}: expected a report of Nsight Compute with kernels in it, found none: "
+            "nothing was profiled, or it is truncated or something else"
         )
     return launches
 
