@@ -12,7 +12,7 @@ from flamingo_fast.profiling.recorded_session import KernelWork, RecordedSession
 from flamingo_fast.profiling.traces import GpuWork, Interval, Range, Trace, length, union
 
 # Of a range's time: with less of it idle the GPU hardly waited.
-_IDLE_SHARE = 0.1
+IDLE_SHARE = 0.1
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class RangeTime:
     @property
     def is_launch_bound(self) -> bool:
         """Whether its GPU work takes less than the CPU does, and the GPU waits meanwhile."""
-        return self.gpu_ns < self.total_ns and self.idle_ns > _IDLE_SHARE * self.total_ns
+        return self.gpu_ns < self.total_ns and self.idle_ns > IDLE_SHARE * self.total_ns
 
 
 @dataclasses.dataclass
@@ -275,15 +275,23 @@ def kind(name: str) -> str:
     return re.sub(r" \d+(?= |$)", "", bare(name))
 
 
-def merged(rows: Iterable[RangeTime], name_of: Callable[[str], str]) -> list[RangeTime]:
-    """As one those ranges whose paths are alike after `name_of` of each name."""
-    found: dict[tuple[str, ...], RangeTime] = {}
+RangePath = tuple[str, ...]
+
+
+def merged(rows: Iterable[RangeTime], path_of: Callable[[RangePath], RangePath]) -> list[RangeTime]:
+    """As one those ranges whose paths are alike after `path_of`."""
+    found: dict[RangePath, RangeTime] = {}
     for row in rows:
-        path = tuple(name_of(name) for name in row.path)
+        path = path_of(row.path)
         into = found.setdefault(path, RangeTime(path))
         for field in dataclasses.fields(RangeTime)[1:]:
             setattr(into, field.name, getattr(into, field.name) + getattr(row, field.name))
     return [*found.values()]
+
+
+def by_kind(rows: Iterable[RangeTime]) -> list[RangeTime]:
+    """Wherever they are in the tree; those with the most time of their own first."""
+    return sorted(merged(rows, lambda path: (kind(path[-1]),)), key=lambda row: -row.self_ns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +323,10 @@ def range_changes(before: Analysis, after: Analysis) -> list[Change]:
     """Of ranges by their paths without shapes: those of another batch are still the same."""
     return changes(
         *(
-            {" / ".join(row.path): row.total_ns / of.steps for row in merged(of.ranges, bare)}
+            {
+                " / ".join(row.path): row.total_ns / of.steps
+                for row in merged(of.ranges, lambda path: tuple(map(bare, path)))
+            }
             for of in (before, after)
         )
     )

@@ -10,7 +10,6 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from flamingo_fast.profiling.traces import ReportError
 
@@ -77,8 +76,10 @@ def mean_times(launches: Iterable[Launch]) -> dict[str, float]:
 
 
 def read_ncu(path: Path) -> list[Launch]:
-    """Raises:
-    ReportError: `path` is no report of ncu, is truncated, or there is nothing to read it with.
+    """Of all kernels, in order.
+
+    Raises:
+        ReportError: `path` is no report of ncu, is truncated, or there is nothing to read it with.
     """
     if path.stat().st_size == 0:
         raise ReportError(f"{path}: expected a report of Nsight Compute, got an empty file")
@@ -91,7 +92,10 @@ def read_ncu(path: Path) -> list[Launch]:
     else:
         launches = _of_report(path)
     if not launches:
-        raise ReportError(f"{path}: expected kernels that ncu profiled, found none")
+        raise ReportError(
+            f"{path}: expected a report of Nsight Compute with kernels in it, found none: "
+            "nothing was profiled, or it is truncated or something else"
+        )
     return launches
 
 
@@ -221,7 +225,8 @@ def _launch(kernel: str, metrics: Metrics) -> Launch:
     moved = [metrics[name] for name in _BYTES if name in metrics]
     registers = _first(metrics, ("launch__registers_per_thread", "Registers Per Thread"))
     shares = {
-        name: value[0] if (value := _first(metrics, names, "%")) else None
+        # On the page details "Memory Throughput" may be bytes a second, too.
+        name: value[0] if (value := _first(metrics, names)) and "/" not in value[1] else None
         for name, names in _PERCENT.items()
     }
     return Launch(
@@ -234,16 +239,8 @@ def _launch(kernel: str, metrics: Metrics) -> Launch:
     )
 
 
-def _first(metrics: Metrics, names: Sequence[str], unit: str = "") -> Any:
-    """The first of `names` that was measured, in `unit` where that is known."""
-    return next(
-        (
-            metrics[n]
-            for n in names
-            if n in metrics and metrics[n][1] in ("", unit or metrics[n][1])
-        ),
-        None,
-    )
+def _first(metrics: Metrics, names: Sequence[str]) -> tuple[float, str] | None:
+    return next((metrics[name] for name in names if name in metrics), None)
 
 
 def _nanoseconds(value: float, unit: str) -> float:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from operator import index
 from pathlib import Path
 
 from flamingo_fast.profiling.recorded_session import RecordedSession
@@ -18,12 +19,14 @@ from flamingo_fast.profiling.traces import GpuWork, Range, ReportError, Trace, a
 _DOMAIN_CREATE, _PUSH_POP, _START_END = 75, 59, 60
 # CUPTI's CUpti_ActivityMemcpyKind.
 _COPIES = {1: "host to device", 2: "device to host", 8: "device to device", 10: "peer to peer"}
-_PLACES = ("/usr/lib/nsight-systems", "/opt/nvidia/nsight-systems/*", "/usr/local/cuda*/nsight-*")
 
 
 def read_nsys(path: Path, session: RecordedSession) -> Trace:
-    """Raises:
-    ReportError: `path` is no report, is truncated, has no steps, or needs nsys and there is none.
+    """Of the NVTX domain of `session`.
+
+    Raises:
+        ReportError: `path` is no report, is truncated, has no steps, or needs nsys and there is
+            none.
     """
     if path.stat().st_size == 0:
         raise ReportError(f"{path}: expected a report of Nsight Systems, got an empty file")
@@ -33,11 +36,8 @@ def read_nsys(path: Path, session: RecordedSession) -> Trace:
     with tempfile.TemporaryDirectory() as folder:
         report = path
         if path.suffix == ".qdstrm":
-            # The importer writes beside what it reads, a link's end too, and changes that.
-            stream = Path(folder, "report.qdstrm")
-            shutil.copyfile(path, stream)
             report = Path(folder, "report.nsys-rep")
-            _convert(path, (_find_importer(nsys, path), "-i", stream), report)
+            _convert(path, (_find_importer(nsys, path), "-i", path, "-o", report), report)
         tables = Path(folder, "report.sqlite")
         options = ("export", "--type", "sqlite", "--force-overwrite", "true", "--output")
         _convert(path, (nsys, *options, tables, report), tables)
@@ -57,12 +57,10 @@ def _find_nsys(path: Path) -> Path:
 
 
 def _find_importer(nsys: Path, path: Path) -> Path:
-    around = [*nsys.resolve().parents]
-    around += [found for place in _PLACES for found in sorted(Path("/").glob(place[1:]))]
-    for folder in around:
-        # Debian has it in another folder of that name.
-        for pattern in ("", "nsight-systems/"):
-            for found in sorted(folder.glob(f"{pattern}host-linux-*/QdstrmImporter")):
+    """Beside nsys in NVIDIA's packages; Debian's has a folder of the architecture between them."""
+    for folder in nsys.resolve().parents:
+        for pattern in ("host-linux-*", "nsight-systems*/host-linux-*"):
+            for found in sorted(folder.glob(f"{pattern}/QdstrmImporter")):
                 return found
     raise ReportError(
         f"{path}: reading .qdstrm needs host-linux-x64/QdstrmImporter of the Nsight Systems whose "
@@ -93,7 +91,8 @@ def _read_tables(tables: Path, path: Path, session: RecordedSession) -> Trace:
             report = _Tables(connection, path)
             ranges = [*_ranges(report, session, notes)]
             work = [*_work(report)]
-    except sqlite3.Error as error:
+    # TypeError: what should be a number is none, in tables that have but the same names.
+    except (sqlite3.Error, TypeError) as error:
         raise ReportError(
             f"{path}: expected tables of `nsys export --type sqlite`; "
             f"it is truncated or something else: {error}"
@@ -159,9 +158,9 @@ def _ranges(report: _Tables, session: RecordedSession, notes: list[str]) -> Iter
             if end is None:
                 unfinished += text != session.capture
             else:
-                yield Range(text, start, end, _process(thread), thread)
+                yield Range(text, index(start), index(end), _process(thread), thread)
     if unfinished:
-        notes.append(f"{unfinished} ranges that had not ended with the recording are left out.")
+        notes.append(f"Left out, as they had not ended with the recording: {unfinished} ranges.")
 
 
 def _work(report: _Tables) -> Iterator[GpuWork]:
@@ -170,13 +169,13 @@ def _work(report: _Tables) -> Iterator[GpuWork]:
         columns = ("start", "globalTid", "correlationId")
         for start, thread, correlation in report.rows("CUPTI_ACTIVITY_KIND_RUNTIME", columns):
             launches[_process(thread), correlation] = thread, start
-    place = ("start", "end", "deviceId", "streamId", "correlationId")
+    place = ("start", "end", "deviceId", "streamId", "correlationId", "globalPid")
     for table, optional in (
-        ("CUPTI_ACTIVITY_KIND_KERNEL", ("globalPid", "demangledName", "shortName")),
-        ("CUPTI_ACTIVITY_KIND_MEMCPY", ("globalPid", "copyKind")),
-        ("CUPTI_ACTIVITY_KIND_MEMSET", ("globalPid",)),
+        ("CUPTI_ACTIVITY_KIND_KERNEL", ("demangledName", "shortName")),
+        ("CUPTI_ACTIVITY_KIND_MEMCPY", ("copyKind",)),
+        ("CUPTI_ACTIVITY_KIND_MEMSET", ()),
         # Whole graphs, where nsys was not told to trace their kernels.
-        ("CUPTI_ACTIVITY_KIND_GRAPH_TRACE", ("globalPid",)),
+        ("CUPTI_ACTIVITY_KIND_GRAPH_TRACE", ()),
     ):
         if table not in report.names:
             continue
@@ -191,5 +190,6 @@ def _work(report: _Tables) -> Iterator[GpuWork]:
                 name = "[fill]" if table.endswith("MEMSET") else "[CUDA graph]"
             process = _process(pid or 0)
             yield GpuWork(
-                *(name, start, end, process, device, stream), launches.get((process, correlation))
+                *(name, index(start), index(end), process, device, stream),
+                launches.get((process, correlation)),
             )

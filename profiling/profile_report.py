@@ -5,17 +5,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from flamingo_fast.bench.plot import import_pyplot
 from flamingo_fast.bench.section import Figure, Section
 from flamingo_fast.bench.tables import Table
 from flamingo_fast.profiling import report_tables
 from flamingo_fast.profiling.analysis import (
     Analysis,
     analyse,
+    by_kind,
     changes,
     kernel_changes,
-    kind,
-    merged,
     range_changes,
 )
 from flamingo_fast.profiling.ncu_trace import Launch, mean_times, read_ncu
@@ -82,6 +80,9 @@ def report(paths: Sequence[Path], *, pictures: bool = False) -> Report:
         ImportError: matplotlib is not installed; names the extra.
     """
     if pictures:
+        # Brings all benchmarks with it.
+        from flamingo_fast.bench.plot import import_pyplot
+
         import_pyplot()
     found = [read(path) for path in paths]
     analyses = [each for each in found if isinstance(each, Analysis)]
@@ -105,14 +106,18 @@ def report(paths: Sequence[Path], *, pictures: bool = False) -> Report:
 
 
 def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) -> None:
-    section = Section("trace", str(analysis.trace.path))
+    # Ids of plots are made of it.
+    section = Section(f"trace{suffix}", str(analysis.trace.path))
     section.sentences = [_sentence(analysis)]
     section.notes += analysis.trace.notes
     result.rows |= {f"ranges{suffix}": report_tables.range_rows(analysis, analysis.ranges)}
-    kinds = merged(analysis.ranges, kind)
-    if len(kinds) < len(analysis.ranges):
-        section.tables.append(report_tables.range_table(analysis, kinds, "Ranges by kind"))
-    section.tables.append(report_tables.range_table(analysis, analysis.ranges, "Ranges"))
+    kinds = by_kind(analysis.ranges)
+    section.tables.append(report_tables.range_table(analysis, kinds, "Ranges by kind"))
+    # A range is as long as those inside, so that the longest are a tree, too.
+    least = sorted((each.total_ns for each in analysis.ranges), reverse=True)[:_MOST_ROWS][-1]
+    longest = [each for each in analysis.ranges if each.total_ns >= least]
+    title = "Ranges" if len(longest) == len(analysis.ranges) else "Longest ranges"
+    section.tables.append(report_tables.range_table(analysis, longest, title))
     if analysis.kernels:
         section.tables += [
             report_tables.kernel_table(analysis),
@@ -137,7 +142,7 @@ def _add_trace(result: Report, analysis: Analysis, suffix: str, pictures: bool) 
 
 def _sentence(analysis: Analysis) -> str:
     median = f"{analysis.step_s * 1e3:.4g} ms"
-    ours = f"{analysis.trace.path.name}: {analysis.steps} steps, the median {median}"
+    ours = f"{analysis.trace.path}: {analysis.steps} steps, the median {median}"
     if driver := analysis.driver_s:
         apart = f"{abs(analysis.step_s / driver - 1):.1%}"
         ours += f" ({driver * 1e3:.4g} ms by the driver's clock, {apart} apart)"
@@ -157,7 +162,7 @@ def _cut(table: Table) -> Table:
 
 def _add_ncu(result: Report, found: Kernels, suffix: str) -> None:
     section = Section("ncu", str(found.path))
-    section.sentences = [f"{found.path.name}: {len(found.launches)} launches of kernels."]
+    section.sentences = [f"{found.path}: {len(found.launches)} launches of kernels."]
     section.tables = [_cut(report_tables.launch_table(found.launches, found.session))]
     result.rows[f"ncu{suffix}"] = report_tables.launch_rows(found.launches, found.session)
     result.sections.append(section)

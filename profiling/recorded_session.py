@@ -9,7 +9,7 @@ from flamingo_fast.profiling.traces import ReportError
 
 SCHEMA = 1
 FILE_NAME = "session.json"
-# The tool's files in a session's folder, the one that takes least to read first.
+# The tool's files in a session's folder; of those as old as each other the first is read.
 _FILES = {
     "nsys": ("report.sqlite", "report.nsys-rep", "report.qdstrm"),
     "ncu": ("report.csv", "report.ncu-rep"),
@@ -79,17 +79,20 @@ def locate(path: Path) -> tuple[Path, RecordedSession]:
     if path.name == FILE_NAME:
         session = read_session(path)
         names = _FILES[session.tool]
-        found = next((path.parent / n for n in names if (path.parent / n).is_file()), None)
-        if found is None:
+        files = [file for name in names if (file := path.parent / name).is_file()]
+        if not files:
             raise ReportError(f"{path}: expected one of {', '.join(names)} beside it, found none")
-        return found, session
+        # The others may be of an earlier recording.
+        return max(files, key=lambda file: file.stat().st_mtime_ns), session
     beside = path.parent / FILE_NAME
     return path, read_session(beside) if beside.is_file() else RecordedSession()
 
 
 def read_session(path: Path) -> RecordedSession:
-    """Raises:
-    ReportError: `path` is no session.json of this version, with the field that is wrong.
+    """What `profile run` wrote.
+
+    Raises:
+        ReportError: `path` is no session.json of this version; names the field that is wrong.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -161,7 +164,7 @@ class _Fields:
     def numbers(self, name: str, values: list[Any]) -> list[float]:
         for value in values:
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-                self._fail(name, "a number", value)
+                self._fail(name, "a number from 0", value)
         return [float(value) for value in values]
 
     def _fail(self, name: str, expected: str, value: Any) -> None:

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from flamingo_fast.bench.tables import Table, digits
-from flamingo_fast.profiling.analysis import Analysis, Change, RangeTime, Rates, work_of
+from flamingo_fast.profiling.analysis import (
+    IDLE_SHARE,
+    Analysis,
+    Change,
+    RangeTime,
+    Rates,
+    work_of,
+)
 from flamingo_fast.profiling.ncu_trace import Launch
 from flamingo_fast.profiling.recorded_session import RecordedSession
 
@@ -190,7 +197,10 @@ def launch_bound_table(analysis: Analysis) -> Table:
     header, rows = range_rows(analysis, bound)
     columns = ("total_ms", "gpu_total_ms", "gpu_idle_ms", "launches")
     names = [" / ".join(row.path[1:]) or row.path[0] for row in bound]
-    notes = ("Its GPU work is shorter than it, and the GPU was idle for over 10 % of its time.",)
+    notes = (
+        "Its GPU work is shorter than it, and the GPU was idle for over "
+        f"{IDLE_SHARE:.0%} of its time.",
+    )
     return _table("Launch-bound ranges", header, rows, columns, names=names, notes=notes)
 
 

@@ -14,8 +14,10 @@ _LAUNCHES = ("cuda_runtime", "cuda_driver")
 
 
 def read_torch_trace(path: Path, session: RecordedSession) -> Trace:
-    """Raises:
-    ReportError: `path` is no trace, is truncated, or has no steps.
+    """Ranges are annotations that begin with the domain of `session`.
+
+    Raises:
+        ReportError: `path` is no trace, is truncated, or has no steps.
     """
     prefix = f"{session.domain}: "
     ranges, gpu, launches = [], [], {}
@@ -35,7 +37,7 @@ def read_torch_trace(path: Path, session: RecordedSession) -> Trace:
                 gpu.append((category, name, start, end, arguments))
             elif name.startswith(prefix):
                 ranges.append(Range(name.removeprefix(prefix), start, end, process, thread))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ReportError(
                 f"{path}: event {number}: expected pid, tid, ts and dur of a {category}: {error!r}"
             ) from error

@@ -103,7 +103,7 @@ def assemble(
     Raises:
         ReportError: no range has the name `step`.
     """
-    steps = [each for each in ranges if each.name == step]
+    steps = [each for each in ranges if each.name == step and each.ns > 0]
     captures = [each for each in ranges if each.name == capture]
     if captures:
         steps = [each for each in steps if any(_holds(around, each) for around in captures)]

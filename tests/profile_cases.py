@@ -121,13 +121,14 @@ class NsysTables:
         values: dict[str, Any],
     ) -> None:
         self._correlation += 1
+        values = {"correlationId": self._correlation} | values
         if launch is not None:
             self._insert(
                 "CUPTI_ACTIVITY_KIND_RUNTIME",
                 start=round(launch * MS),
                 end=round(launch * MS) + 5000,
                 globalTid=thread,
-                correlationId=self._correlation,
+                correlationId=values["correlationId"],
             )
         self._insert(
             f"CUPTI_ACTIVITY_KIND_{table}",
@@ -135,7 +136,6 @@ class NsysTables:
                 "start": round(start * MS),
                 "end": round(end * MS),
                 "streamId": 7,
-                "correlationId": self._correlation,
                 "globalPid": thread >> 24 << 24,
                 **values,
             },
