@@ -125,7 +125,7 @@ def _show_sass(kernel: str, arch: str, case: str) -> None:
     except NoSuchKernelError as error:
         raise typer.BadParameter(str(error)) from error
     except DoesNotCompileError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"flamingo-fast: {error}", err=True)
         raise typer.Exit(1) from error
 
 
