@@ -59,13 +59,13 @@ def _one_medium(call: Call, mode: str, dots: int, per_score: int) -> LaunchWork:
     useful = _attention(pairs, dots, head_dim, per_score)
     useful += Work(total.loaded - again, total.stored, 0)
     useful, executed = (_times(work, kv_heads) for work in (useful, executed))
-    integers = _integers(call, batch * seqlen, group)
-    return LaunchWork(useful + Work(integers, 0, 0), executed + Work(kv_heads * integers, 0, 0))
+    once, by_programs = (_integers(call, batch * seqlen * lanes) for lanes in (1, group))
+    return LaunchWork(useful + Work(once, 0, 0), executed + Work(kv_heads * by_programs, 0, 0))
 
 
-def _integers(call: Call, rows: int, group: int) -> int:
-    """Bytes of the schedule, as the programs of one key/value head load it."""
-    index = 0 if call["ROW_INDEX"] is None else 4 * rows * group
+def _integers(call: Call, rows: int) -> int:
+    """Bytes of the schedule: its items, and places of as many rows."""
+    index = 0 if call["ROW_INDEX"] is None else 4 * rows
     lengths = 0
     if call["MEDIA_SEQLENS"] is not None:
         lengths = 4 * int((call["WORK_ITEMS"][:, 0] >= 0).sum())

@@ -56,8 +56,9 @@ def count(case: RooflineCase) -> list[Counted]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs])
     started = [launch.kernel for launch in guarded.launches]
-    if started != [call.kernel for call in calls]:
-        raise RuntimeError(f"{case.name}: recorded {calls}, but {started} ran")
+    recorded = [call.kernel for call in calls]
+    if started != recorded:
+        raise RuntimeError(f"{case.name}: recorded {recorded}, but {started} ran")
     found = []
     for kernel in dict.fromkeys(started):
         measured = guarded.total(kernel)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from flamingo_fast.bench.registry import Case
 from flamingo_fast.kernels.launch import Target, target_of
 from flamingo_fast.profiling import attention_work, rowwise_work
@@ -74,7 +76,7 @@ def work_of_case(case: Case, mode: str, target: Target | None = None) -> list[di
     if target is None:
         target = Target("sm_90", ARCHITECTURES["sm_90"].num_sms)
         if case.device.type == "cuda":
-            tensors = (value for value in case.inputs.values() if hasattr(value, "is_cuda"))
+            tensors = (each for each in case.inputs.values() if isinstance(each, torch.Tensor))
             target = target_of(next(tensors))
     launches = launches_of(case.benchmark, case.shape, case.dtype, mode, target)
     return work_of_calls(calls_of(launches), case.dtype)

@@ -61,12 +61,15 @@ def _is_large_float(value: Any) -> bool:
 
 
 def _unwritten(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Calls with impl="triton" reach the launchers, and modules do as for tensors of a GPU."""
+    """Calls with impl="triton" reach the launchers, and modules do as for tensors of a GPU.
+
+    In all threads: nothing else should call ops meanwhile.
+    """
     project = resampler.project_for_layers
 
     def without_sharing(*inputs: Any, share: bool | None = None, **options: Any) -> Any:

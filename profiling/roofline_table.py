@@ -18,9 +18,9 @@ def render(rows: Sequence[Row], targets: Iterable[str]) -> Table:
     """Cases with a row for each of their kernels, of one call each."""
     notes = [
         "times a call, waves of blocks and occupancy of warps; x6: so many calls alike",
-        "counted/formula: bytes that lanes ask for and operations of products, counted in the "
-        "interpreter at a small shape (--json has it), where what a program loads for itself is "
-        "left out and may be 6 %",
+        "counted/formula: bytes that lanes ask for and operations of products, in the interpreter "
+        "at a small shape (--json has it), where what",
+        "a program loads for itself, which formulas leave out, may be 6 %",
         *ASSUMPTIONS,
     ]
     table = Table(

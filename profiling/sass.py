@@ -17,8 +17,8 @@ from flamingo_fast.testing.binaries import Binary, nvidia_tools, read_binary
 from flamingo_fast.testing.occupancy import occupancy
 
 _LABEL = re.compile(r"(\.L\w+):")
-# Address, predicate and instruction, and a table of live registers of each kind.
-_SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s*//\s*\|\s*(\d*)\s*\|(.*)")
+# Address, predicate and instruction; and, if it is there, a table of live registers of each kind.
+_SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;(?:\s*//\s*\|\s*(\d*)\s*\|)?")
 _SASS_OPCODE = re.compile(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _SASS_TARGET = re.compile(r"\bU?BRA\b.*`\((\.L\w+)\)")
 _GCN_OPCODE = re.compile(r"([a-z]\w*)")
@@ -40,6 +40,10 @@ class NoSuchKernelError(ValueError):
     """The user asked for what there is not; the message names what there is."""
 
 
+class DoesNotCompileError(RuntimeError):
+    """With the compiler's message."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """`live`: general registers of a thread; None: not known."""
@@ -57,22 +61,26 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """A compiled kernel: its numbers, and its program."""
+    """A compiled kernel: its numbers, and its program.
+
+    why_not_live: why live registers are not known; empty: they are.
+    """
 
     plan: PlannedCompile
     binary: Binary
     instructions: tuple[Instruction, ...]
+    why_not_live: str = ""
 
 
 def read_sass(listing: str) -> tuple[Instruction, ...]:
-    """From `nvdisasm -c -lrm=count`."""
+    """From `nvdisasm -c -lrm=count`, or without the live registers from `nvdisasm -c`."""
     instructions: list[Instruction] = []
     labels: list[str] = []
     for line in listing.splitlines():
         if label := _LABEL.match(line):
             labels.append(label.group(1))
         elif found := _SASS_LINE.match(line):
-            text, live, _ = found.groups()
+            text, live = found.groups()
             opcode, target = _SASS_OPCODE.match(text), _SASS_TARGET.search(text)
             if opcode is None:
                 raise ValueError(f"nvdisasm printed what is no instruction: {line!r}")
@@ -80,7 +88,7 @@ def read_sass(listing: str) -> tuple[Instruction, ...]:
                 Instruction(
                     text,
                     opcode.group(1),
-                    int(live or 0),
+                    None if live is None else int(live or 0),
                     tuple(labels),
                     target.group(1) if target else "",
                 )
@@ -179,7 +187,7 @@ def show_hot_loop(compiler: Compiler, kernel: str, arch: str, case: str = "") ->
 
     Raises:
         NoSuchKernelError: no such kernel, architecture or case.
-        RuntimeError: it does not compile.
+        DoesNotCompileError: it does not.
         FileNotFoundError: Triton came without NVIDIA's tools.
     """
     check_arch(arch)
@@ -190,25 +198,33 @@ def show_hot_loop(compiler: Compiler, kernel: str, arch: str, case: str = "") ->
 
 
 def compile_code(cases_module: str, plan: PlannedCompile) -> Code:
-    """To be called where kernels are compiled; raises RuntimeError with the compiler's message."""
+    """To be called where kernels are compiled; raises DoesNotCompileError."""
     try:
         compiled = compile_launch(cases_module, plan)
     except Exception as error:
         # Whatever Triton and LLVM raise may not be what another process can unpickle.
-        raise RuntimeError(f"{plan.kernel} does not compile: {error}") from None
-    return Code(plan, read_binary(compiled), _instructions(compiled))
+        raise DoesNotCompileError(
+            f"{plan.kernel} of {plan.case} does not compile for {plan.target}: {error}"
+        ) from None
+    return Code(plan, read_binary(compiled), *_instructions(compiled))
 
 
-def _instructions(compiled: Any) -> tuple[Instruction, ...]:
+def _instructions(compiled: Any) -> tuple[tuple[Instruction, ...], str]:
+    """And why live registers are not known."""
     if "cubin" not in compiled.asm:
-        return read_gcn(compiled.asm["amdgcn"])
+        return read_gcn(compiled.asm["amdgcn"]), "no tool tells those of AMD's instructions"
     _, nvdisasm = nvidia_tools()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [nvdisasm, "-c", "-lrm=count", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return read_sass(listing)
+        command = [nvdisasm, "-c", file.name]
+        # Some releases can't for sm_80 and sm_89, nor where a thread has 255 registers.
+        listing = subprocess.run([*command, "-lrm=count"], capture_output=True, text=True)
+        why_not = ""
+        if listing.returncode != 0:
+            why_not = (listing.stderr.strip().splitlines() or ["nvdisasm failed"])[-1]
+            listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    return read_sass(listing.stdout), why_not
 
 
 def render(code: Code, others: Sequence[str]) -> str:
@@ -219,17 +235,15 @@ def render(code: Code, others: Sequence[str]) -> str:
     """
     loop = hot_loop(code.instructions)
     shown = [code.instructions[n] for n in loop or range(len(code.instructions))]
-    plan, live = code.plan, code.instructions[0].live is not None
+    plan = code.plan
     what = "no loop, so all of it" if loop is None else "the hot loop"
     lines = [f"{plan.kernel} of {plan.case} on {plan.target}: {what}"]
-    lines.append("live registers of a thread, instruction" if live else _NO_LIFE_RANGES)
+    unknown = f"live registers not known: {code.why_not_live}" if code.why_not_live else ""
+    lines.append(unknown or "live registers of a thread, instruction")
     for each in shown:
         lines += [f"{'':5} {label}:" for label in each.labels]
         lines.append(f"{'' if each.live is None else each.live:>5}   {each.text}")
     return "\n".join([*lines, "", *_summary(code, shown), *_about(others)])
-
-
-_NO_LIFE_RANGES = "(no tool tells the live registers of AMD's instructions)"
 
 
 def _summary(code: Code, shown: Sequence[Instruction]) -> list[str]:

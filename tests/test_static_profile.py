@@ -12,13 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
+import flamingo_fast as ff
 import flamingo_fast.kernels
 from flamingo_fast import cli
 from flamingo_fast.bench import plan
 from flamingo_fast.bench.registry import Case
 from flamingo_fast.bench.roofline import GPUS
 from flamingo_fast.bench.work import Work
-from flamingo_fast.kernels.launch import Target
+from flamingo_fast.kernels.launch import INTERPRETER, Target, recording
+from flamingo_fast.layout import MediaLayout
 from flamingo_fast.profiling import roofline, roofline_cases
 from flamingo_fast.profiling.counted import Counted, count
 from flamingo_fast.profiling.kernel_work import FORMULAS, LaunchWork, work_of_call, work_of_case
@@ -27,6 +29,7 @@ from flamingo_fast.profiling.roofline import Prediction, Resources, Row, Waves, 
 from flamingo_fast.profiling.roofline_cases import ROOFLINE_CASES, Launched, RooflineCase
 from flamingo_fast.profiling.roofline_table import as_json, render
 from flamingo_fast.testing.aot import PlannedCompile, Rules
+from flamingo_fast.testing.guard import guard
 
 CPU = torch.device("cpu")
 H100 = Target("sm_90", 132)
@@ -105,6 +108,88 @@ def test_counted_where_other_kernels_start(op: str) -> None:
         counted = count(case)
         assert_counted_as_by_formula(counted, rel=0.01)
         assert {each.kernel for each in counted} - {each.kernel for each in count(tiny)}
+
+
+def normal(*shape: int, wants_grad: bool = True) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16).requires_grad_(wants_grad)
+
+
+def attention(
+    layout: MediaLayout, heads: int = 1, kv_heads: int = 1, frozen: str = ""
+) -> Callable[[], torch.Tensor]:
+    q = normal(layout.batch_size, layout.seqlen, heads, 64, wants_grad="q" not in frozen)
+    keys = (layout.media_total, 64, kv_heads, 64)
+    k, v = (normal(*keys, wants_grad="k" not in frozen) for _ in range(2))
+    return lambda: ff.masked_cross_attention(q, k, v, layout, impl="triton")
+
+
+def latent(frozen: str, lengths: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+    q = normal(2, 16, 1, 32, wants_grad="q" not in frozen)
+    media = [normal(2, 100, 1, 32, wants_grad="m" not in frozen) for _ in range(2)]
+    latents = [normal(2, 16, 1, 32, wants_grad="l" not in frozen) for _ in range(2)]
+    return lambda: ff.latent_attention(q, *media, *latents, media_seqlens=lengths, impl="triton")
+
+
+def images(lengths: list[int] | None = None, seqlen: int = 128) -> MediaLayout:
+    locations = torch.zeros(1, seqlen, dtype=torch.bool)
+    locations[0, [5, 30, 64]] = True
+    seqlens = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    return MediaLayout.from_media_locations(locations, 3, media_seqlens=seqlens)
+
+
+def in_any_order() -> MediaLayout:
+    """Tokens go back to media, so that rows are sorted."""
+    mask = torch.nn.functional.one_hot(torch.arange(96) * 7 % 3, 3).bool()[None]
+    return MediaLayout.from_media_mask(mask, max_media_per_token=1)
+
+
+def norm(width: int, *, vector_gate: bool = False, frozen: str = "") -> Callable[[], tuple]:
+    x, y = normal(6, width, wants_grad="x" not in frozen), normal(6, width)
+    gate = normal(width if vector_gate else 1)
+    weight, bias = (normal(width, wants_grad="w" not in frozen) for _ in range(2))
+    return lambda: ff.gated_residual_norm(x, y, gate, weight, bias, eps=1e-5, impl="triton")
+
+
+OTHERS: dict[str, Callable[[], Callable[[], object]]] = {
+    "frozen_queries": lambda: attention(images(), frozen="q"),
+    "frozen_keys": lambda: attention(images(), frozen="k"),
+    "shared_heads": lambda: attention(images(), heads=4),
+    "short_media": lambda: attention(images([64, 0, 20])),
+    "any_order": lambda: attention(in_any_order(), heads=4, kv_heads=2),
+    "latent_frozen_queries": lambda: latent("q"),
+    "latent_frozen_media": lambda: latent("m"),
+    "latent_frozen_keys": lambda: latent("ml"),
+    "latent_lengths": lambda: latent("", torch.tensor([100, 37])),
+    "vector_gate": lambda: norm(512, vector_gate=True),
+    "vector_gate_of_wide_rows": lambda: norm(4160, vector_gate=True),
+    "frozen_parameters": lambda: norm(512, frozen="w"),
+    "frozen_parameters_of_wide_rows": lambda: norm(4160, frozen="w"),
+    "frozen_x": lambda: norm(512, frozen="x"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_formulas_of_what_no_benchmark_has(name: str) -> None:
+    function = OTHERS[name]()
+
+    def run() -> None:
+        outputs = function()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+
+    with recording(INTERPRETER) as launches:
+        run()
+    with guard() as guarded:
+        run()
+    for call, measured in zip(calls_of(launches), guarded.launches, strict=True):
+        work = work_of_call(call)
+        assert call.kernel == measured.kernel
+        lanes = measured.bytes_loaded + measured.bytes_stored
+        assert work.executed.bytes == pytest.approx(lanes, rel=0.01), call.kernel
+        assert work.executed.matmul_flops == measured.dot_flops, call.kernel
+        assert work.useful.matmul_flops <= work.executed.matmul_flops
+        sectors = measured.sectors_loaded + measured.sectors_stored
+        assert work.useful.bytes <= 1.001 * sectors, call.kernel
 
 
 def test_a_wrong_formula_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def _refuse(option: str, others: Mapping[str, object]) -> None:
 
 
 def _show_sass(kernel: str, arch: str, case: str) -> None:
-    from flamingo_fast.profiling.sass import NoSuchKernelError, show_hot_loop
+    from flamingo_fast.profiling.sass import DoesNotCompileError, NoSuchKernelError, show_hot_loop
     from flamingo_fast.testing.aot import Compiler
 
     try:
@@ -124,6 +124,9 @@ def _show_sass(kernel: str, arch: str, case: str) -> None:
             typer.echo(show_hot_loop(compiler, kernel, arch, case))
     except NoSuchKernelError as error:
         raise typer.BadParameter(str(error)) from error
+    except DoesNotCompileError as error:
+        typer.echo(f"flamingo-fast: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _show_roofline(targets: list[str], case: str, json_file: Path | None) -> None:
