@@ -49,12 +49,14 @@ def _refuses(config: OneMediumConfig, *arguments: object) -> str | None:
     return None
 
 
-_TUNED = dict(fixed=("BLOCK_R", "BLOCK_D"), bounds={"BLOCK_M": (16, _MOST_ROWS)}, refuses=_refuses)
+_FIXED = ("BLOCK_R", "BLOCK_D")
+_TUNED = dict(bounds={"BLOCK_M": (16, _MOST_ROWS)}, refuses=_refuses)
 
 
 @tunable(
     "one_medium_fwd",
     module="one_medium_forward",
+    fixed=(*_FIXED, "TRANSPOSE_DQ"),
     classes={"rows_per_sample": rows_class},
     **_TUNED,
 )
@@ -76,6 +78,7 @@ def forward_config(
 @tunable(
     "one_medium_bwd",
     module="one_medium_backward",
+    fixed=_FIXED,
     classes={"rows_per_medium": rows_class},
     **_TUNED,
 )

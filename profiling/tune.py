@@ -81,31 +81,17 @@ def tune(
         ValueError: wrong arguments, by name.
         OSError: the file can't be written.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a GPU or cpu, got {device!r}") from error
     check(device, quick, budget_s, ops)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
-    from flamingo_fast.kernels import launch, tuned
-
     on_cpu = device.type == "cpu"
-    target = launch.target_of(torch.empty(0, device=device))
-    out = Path(tuned.folder() if out_dir is None else out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / tuned.file_name(target)
-    result: Result = {
-        **tuned.header(target),
-        "timed": "in Triton's interpreter" if on_cpu else "on the device",
-        "quick": quick,
-        "entries": [],
-        "skipped": [],
-    }
-    kept = _entries_of(path, target)
-    _write(path, result, kept)
     if cases is None:
         cases = TINY_CASES if on_cpu else QUICK_CASES if quick else CASES
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
     effort = _TINY if on_cpu else _QUICK if quick else _FULL
-    sampler = sampler or device_clock(device)
-    done: dict[Any, Result] = {}
+    session = _Session(device, quick, out_dir, sampler, effort, deadline, progress)
     with contextlib.ExitStack() as stack:
         if on_cpu:
             from flamingo_fast.testing.interpreter_bf16 import correct_bf16
@@ -113,22 +99,12 @@ def tune(
             stack.enter_context(correct_bf16())
         else:
             stack.enter_context(torch.cuda.device(device))
-        for dtype in dtypes:
+        for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
             for case in cases:
                 wanted = [op for op in case.ops if not ops or op.startswith(tuple(ops))]
-                _tune_case(
-                    case,
-                    wanted,
-                    lambda: CaseSearch(case, dtype, device, sampler, effort, deadline),
-                    dtype,
-                    deadline,
-                    done,
-                    result,
-                    lambda: _write(path, result, kept),
-                    progress,
-                )
-    tuned.forget()
-    return {**result, "file": str(path)}
+                if wanted:
+                    session.tune_case(case, dtype, wanted)
+    return session.finish()
 
 
 def check(device: torch.device, quick: bool, budget_s: float | None, ops: Sequence[str]) -> None:
@@ -154,56 +130,97 @@ def check(device: torch.device, quick: bool, budget_s: float | None, ops: Sequen
         raise BackendUnavailableError(reason)
 
 
-def _tune_case(
-    case: Case,
-    ops: Sequence[str],
-    begin: Callable[[], CaseSearch],
-    dtype: torch.dtype,
-    deadline: float,
-    done: dict[Any, Result],
-    result: Result,
-    write: Callable[[], None],
-    progress: Callable[[str], None],
-) -> None:
-    from flamingo_fast.kernels import tuned
+class _Session:
+    """One run of `tune`: what it found so far, here and in its file."""
 
-    def skip(op: str, why: str) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        quick: bool,
+        out_dir: str | Path | None,
+        sampler: Sampler | None,
+        effort: Effort,
+        deadline: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        from flamingo_fast.kernels import launch, tuned
+
+        self._tuned = tuned
+        self._device, self._effort, self._deadline = device, effort, deadline
+        self._sampler = sampler or device_clock(device)
+        self._progress = progress
+        target = launch.target_of(torch.empty(0, device=device))
+        folder = Path(tuned.folder() if out_dir is None else out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / tuned.file_name(target)
+        self._others = self._of_other_runs(target)
+        self._entries: dict[Any, Result] = {}
+        self._skipped: list[Result] = []
+        self._about = {
+            **tuned.header(target),
+            "timed": "in Triton's interpreter" if device.type == "cpu" else "on the device",
+            "quick": quick,
+        }
+        self._write()
+
+    def tune_case(self, case: Case, dtype: torch.dtype, ops: Sequence[str]) -> None:
+        search: CaseSearch | None = None
+        for op in ops:
+            if time.monotonic() >= self._deadline:
+                self._skip(op, case, dtype, "the budget ended")
+                continue
+            # A failure, of memory too, is this op's alone.
+            try:
+                if search is None:
+                    search = CaseSearch(
+                        case, dtype, self._device, self._sampler, self._effort, self._deadline
+                    )
+                request = search.requests().get(op)
+                # Of a resampler's backward some devices have one kernel, others two.
+                if request is None or self._tuned.key_of(_named(request)) in self._entries:
+                    continue
+                outcome = search.search(request, lambda outcome: self._note(outcome, case))
+            except Exception as error:
+                self._skip(op, case, dtype, first_line(error))
+                continue
+            self._progress(_line(self._note(outcome, case)))
+
+    def finish(self) -> Result:
+        self._tuned.forget()
+        return {**self._result(), "file": str(self._path)}
+
+    def _skip(self, op: str, case: Case, dtype: torch.dtype, why: str) -> None:
         of = {"op": op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
-        result["skipped"].append({**of, "reason": why})
-        write()
-        progress(f"{op}, {case.name}: skipped: {why}")
+        self._skipped.append({**of, "reason": why})
+        self._write()
+        self._progress(f"{op}, {case.name}: skipped: {why}")
 
-    def note(outcome: Outcome) -> None:
-        entry = _entry(outcome, case, tuned.TUNABLES[outcome.request.op].source)
-        key = tuned.key_of(entry)
-        if key in done:
-            done[key].update(entry)
-        else:
-            done[key] = entry
-            result["entries"].append(entry)
-        write()
+    def _note(self, outcome: Outcome, case: Case) -> Result:
+        source = self._tuned.TUNABLES[outcome.request.op].source
+        entry = _entry(outcome, case, source)
+        self._entries[self._tuned.key_of(entry)] = entry
+        self._write()
+        return entry
 
-    if not ops:
-        return
-    search: CaseSearch | None = None
-    for op in ops:
-        if time.monotonic() >= deadline:
-            skip(op, "the budget ended")
-            continue
-        # A failure, of memory too, is this case's alone.
+    def _result(self) -> Result:
+        return {**self._about, "entries": list(self._entries.values()), "skipped": self._skipped}
+
+    def _of_other_runs(self, target: Any) -> list[Result]:
+        """As far as they are of the code that there is."""
         try:
-            search = search or begin()
-            request = search.requests().get(op)
-            if request is None:
-                skip(op, "this device's launchers don't use it for this shape")
-                continue
-            if tuned.key_of(_named(request)) in done:
-                continue
-            outcome = search.search(request, note)
-        except Exception as error:
-            skip(op, first_line(error))
-            continue
-        progress(_line(_entry(outcome, case, "")))
+            entries = self._tuned.entries_of(self._path.read_text(encoding="utf-8"), target)
+        except (OSError, ValueError):
+            return []
+        sources = {op: one.source for op, one in self._tuned.TUNABLES.items()}
+        return [entry for entry in entries if sources.get(entry["op"]) == entry["source"]]
+
+    def _write(self) -> None:
+        """All at once: a reader, or a run that is cut off, never sees half a file."""
+        result, key_of = self._result(), self._tuned.key_of
+        result["entries"] += [one for one in self._others if key_of(one) not in self._entries]
+        half = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        half.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        half.replace(self._path)
 
 
 def _named(request: Any) -> Result:
@@ -231,32 +248,6 @@ def _entry(outcome: Outcome, case: Case, source: str) -> Result:
         entry["best_us"] = outcome.timing.us
         entry["ratio"] = {"p20": ratio.p20, "p50": ratio.p50, "p80": ratio.p80}
     return entry
-
-
-def _entries_of(path: Path, target: Any) -> list[Result]:
-    """What other runs found, as far as it is of the code that there is."""
-    from flamingo_fast.kernels import tuned
-
-    try:
-        entries = tuned.entries_of(path.read_text(encoding="utf-8"), target)
-    except (OSError, ValueError):
-        return []
-    return [
-        entry
-        for entry in entries
-        if entry["op"] in tuned.TUNABLES and entry["source"] == tuned.TUNABLES[entry["op"]].source
-    ]
-
-
-def _write(path: Path, result: Result, kept: Sequence[Result]) -> None:
-    """All at once: a reader, or a run that is cut off, never sees half a file."""
-    from flamingo_fast.kernels import tuned
-
-    new = {tuned.key_of(entry) for entry in result["entries"]}
-    others = [entry for entry in kept if tuned.key_of(entry) not in new]
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(json.dumps({**result, "entries": result["entries"] + others}, indent=1) + "\n")
-    half.replace(path)
 
 
 def _text(config: Result) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Call:
 class Case:
     """A call at one shape.
 
-    ops: what configurations of it are tuned, of those that forward and backward ask for.
+    ops: whose configurations are tuned, where the launchers of this device ask for them.
     make: (batch, dtype, device) -> the call. Configurations are the same in any batch: results are
         checked in a small one, which an oracle in fp64 has the memory for.
     """
@@ -118,76 +119,84 @@ _LATENT = ("latent_fwd", "latent_bwd", "latent_dkv")
 _NORM = ("norm_fwd", "norm_bwd")
 
 
-def _text(**sizes: int | str | bool) -> functools.partial[Call]:
-    return functools.partial(_masked_cross_attention, **sizes)  # type: ignore[arg-type]
+def _of(make: Callable[..., Call], **sizes: Any) -> Callable[..., Call]:
+    return functools.partial(make, **sizes)
 
 
-def _resampler(**sizes: int) -> functools.partial[Call]:
-    return functools.partial(_latent_attention, **sizes)
+def _image_text(head_dim: int, **options: Any) -> Callable[..., Call]:
+    sizes: dict[str, Any] = dict(seqlen=2048, media=32, num_keys=64, heads=8, head_dim=head_dim)
+    return _of(_masked_cross_attention, **sizes, **options)
 
 
-def _image_text(head_dim: int, **options: bool | str) -> functools.partial[Call]:
-    return _text(seqlen=2048, media=32, num_keys=64, heads=8, head_dim=head_dim, **options)
+def _mllama(seqlen: int) -> Callable[..., Call]:
+    sizes = dict(seqlen=seqlen, media=1, num_keys=6404, heads=32, kv_heads=8, head_dim=128)
+    return _of(_masked_cross_attention, **sizes)
 
 
-def _mllama(seqlen: int) -> functools.partial[Call]:
-    return _text(seqlen=seqlen, media=1, num_keys=6404, heads=32, kv_heads=8, head_dim=128)
+def _resampler(**sizes: int) -> Callable[..., Call]:
+    return _of(_latent_attention, latents=64, **sizes)
 
+
+QUICK_CASES = (
+    Case("text, 64 x 64 a medium", _ONE_MEDIUM, _image_text(64), 8),
+    Case("resampler, 64 x 64", _LATENT, _resampler(features=256, heads=8, head_dim=64), 128),
+    Case("norm, 2048", _NORM, _of(_norm, seqlen=2048, width=2048), 4),
+    Case("all previous, 64 x 64", _SEVERAL_MEDIA, _image_text(64, attend="all_previous"), 4),
+)
 
 CASES = (
-    Case("text, 64 x 64 a medium", _ONE_MEDIUM, _image_text(64), 8),
+    *QUICK_CASES,
     Case("text, 64 x 128 a medium", _ONE_MEDIUM, _image_text(128), 8),
-    Case(
-        "resampler, 64 x 64",
-        _LATENT,
-        _resampler(latents=64, features=256, heads=8, head_dim=64),
-        128,
-    ),
-    *(
-        Case(f"norm, {width}", _NORM, functools.partial(_norm, seqlen=2048, width=width), 4)
-        for width in (2048, 4096, 1024)
-    ),
-    Case("all previous, 64 x 64", _SEVERAL_MEDIA, _image_text(64, attend="all_previous"), 4),
+    Case("text, frozen media", _ONE_MEDIUM[1:], _image_text(64, frozen=True), 8),
     Case("Mllama", _SEVERAL_MEDIA, _mllama(512), 2),
     Case("Mllama, decoding", _SEVERAL_MEDIA[:1], _mllama(1), 8),
-    Case("text, frozen media", _ONE_MEDIUM[1:], _image_text(64, frozen=True), 8),
+    *(
+        Case(f"norm, {width}", _NORM, _of(_norm, seqlen=2048, width=width), 4)
+        for width in (4096, 1024, 8192)
+    ),
     Case("all previous, 64 x 128", _SEVERAL_MEDIA, _image_text(128, attend="all_previous"), 4),
     Case(
         "resampler, 64 x 96, 4 heads a key",
         _LATENT,
-        _resampler(latents=64, features=729, heads=16, kv_heads=4, head_dim=96),
+        _resampler(features=729, heads=16, kv_heads=4, head_dim=96),
         32,
     ),
-    Case(
-        "resampler, 64 x 128",
-        _LATENT,
-        _resampler(latents=64, features=256, heads=16, head_dim=128),
-        64,
-    ),
+    Case("resampler, 64 x 128", _LATENT, _resampler(features=256, heads=16, head_dim=128), 64),
 )
-
-QUICK_CASES = tuple(case for case in CASES if case.ops in (_ONE_MEDIUM, _LATENT, _NORM))[:4]
 
 # For Triton's interpreter: every kernel, in seconds.
 TINY_CASES = (
     Case(
         "text, 8 x 16 a medium",
         _ONE_MEDIUM,
-        _text(seqlen=40, media=2, num_keys=8, heads=1, head_dim=16),
+        _of(_masked_cross_attention, seqlen=40, media=2, num_keys=8, heads=1, head_dim=16),
         1,
     ),
-    Case("resampler, 4 x 16", _LATENT, _resampler(latents=4, features=24, heads=1, head_dim=16), 1),
+    Case(
+        "resampler, 4 x 16",
+        _LATENT,
+        _of(_latent_attention, latents=4, features=24, heads=1, head_dim=16),
+        1,
+    ),
     Case(
         "resampler, 20 x 16, 4 heads a key",
-        _LATENT[1:],
-        _resampler(latents=20, features=24, heads=4, kv_heads=1, head_dim=16),
+        _LATENT,
+        _of(_latent_attention, latents=20, features=24, heads=4, kv_heads=1, head_dim=16),
         1,
     ),
-    Case("norm, 32", _NORM, functools.partial(_norm, seqlen=40, width=32), 1),
+    Case("norm, 32", _NORM, _of(_norm, seqlen=40, width=32), 1),
     Case(
         "all previous, 8 x 16",
         _SEVERAL_MEDIA,
-        _text(seqlen=24, media=2, num_keys=8, heads=1, head_dim=16, attend="all_previous"),
+        _of(
+            _masked_cross_attention,
+            seqlen=24,
+            media=2,
+            num_keys=8,
+            heads=1,
+            head_dim=16,
+            attend="all_previous",
+        ),
         1,
     ),
 )

@@ -188,6 +188,8 @@ class CaseSearch:
             again = self._run(request.op, outcome.best)
             outcome.timing = self._time(usual, again)
             outcome.heuristic_us = outcome.timing.heuristic_us
+            if outcome.timing.ratio.p50 <= 1:
+                outcome.timing, outcome.best = None, request.heuristic
         note(outcome)
         return outcome
 
@@ -255,10 +257,9 @@ class CaseSearch:
     def _why_pruned(self, run: Run, usual: Run) -> str | None:
         if self._target.arch == "interpreter":
             return None
-        for one, other in zip(run.launches, usual.launches, strict=False):
-            if why := why_pruned(_resources(one), _resources(other), self._target.arch):
-                return why
-        return None
+        # Those after the first have no configuration.
+        resources = _resources(run.launches[0]), _resources(usual.launches[0])
+        return why_pruned(*resources, self._target.arch)
 
     def _why_wrong(self, op: str, config: Any) -> str | None:
         if self._checks is None:
