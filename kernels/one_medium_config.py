@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from flamingo_fast.kernels.launch import Target, next_power_of_2
-from flamingo_fast.kernels.tuned import rows_class, tunable
+from flamingo_fast.kernels.tuned import tunable
 
 # Pieces of a medium that is split are multiples of so many rows.
 _MOST_ROWS = 32
@@ -57,7 +57,7 @@ _TUNED = dict(bounds={"BLOCK_M": (16, _MOST_ROWS)}, refuses=_refuses)
     "one_medium_fwd",
     module="one_medium_forward",
     fixed=(*_FIXED, "TRANSPOSE_DQ"),
-    classes={"rows_per_sample": rows_class},
+    classes={"rows_per_sample": _block_m},
     **_TUNED,
 )
 def forward_config(
@@ -79,7 +79,7 @@ def forward_config(
     "one_medium_bwd",
     module="one_medium_backward",
     fixed=_FIXED,
-    classes={"rows_per_medium": rows_class},
+    classes={"rows_per_medium": _block_m},
     **_TUNED,
 )
 def backward_config(

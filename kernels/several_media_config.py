@@ -6,7 +6,7 @@ import functools
 import torch
 
 from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
-from flamingo_fast.kernels.tuned import rows_class, tunable
+from flamingo_fast.kernels.tuned import tunable
 
 # Keys of a split, at least. A program also reads its queries again, and writes the sums that are
 # then read: beside reading so many keys for its rows that is at most a sixth.
@@ -59,11 +59,16 @@ def _block(size: int, most: int) -> int:
     return min(max(next_power_of_2(size), 16), most)
 
 
+def _rows_class(rows: int) -> int:
+    """What is tuned alike: up to 16 rows, 32, 64, and more."""
+    return _block(rows, 128)
+
+
 # A split's keys are whole tiles of any of these.
 _TUNED = dict(
     fixed=("BLOCK_D",),
     bounds={"BLOCK_M": (16, 128), "BLOCK_N": (16, 128)},
-    classes={"rows_per_sample": rows_class},
+    classes={"rows_per_sample": _rows_class},
 )
 
 

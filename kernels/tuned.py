@@ -13,7 +13,6 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import warnings
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import triton
 
-from flamingo_fast.kernels.launch import Target, next_power_of_2
+from flamingo_fast.kernels.launch import Target
 
 SCHEMA = "flamingo_fast.tuned/1"
 
@@ -33,11 +32,6 @@ _BOUNDS = {"num_warps": (1, 16), "num_stages": (1, 5), "programs_per_sm": (1, 32
 
 Shape = dict[str, int]
 Key = tuple[str, str, frozenset[tuple[str, int]]]
-
-
-def rows_class(rows: float) -> int:
-    """What is tuned alike: rows up to 16, 32, 64, and more."""
-    return min(max(next_power_of_2(math.ceil(rows)), 16), 128)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,7 +170,7 @@ class CaseSearch:
             _call(self._timed)
         return asked
 
-    def search(self, request: Any, note: Callable[[Outcome], None]) -> Outcome:
+    def search(self, request: Any, note: Callable[[Outcome], object]) -> Outcome:
         """`note` gets the outcome so far, first with the heuristic alone.
 
         Raises whatever the heuristic's own configuration raises.
