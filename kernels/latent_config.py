@@ -1,11 +1,11 @@
 """Launch configurations of a resampler's attention, from shapes alone."""
 
 import dataclasses
-import functools
 
 import torch
 
 from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
+from flamingo_fast.kernels.tuned import tunable
 
 # Media keys of a split. A program of 64 latents also reads its queries again and writes the sums
 # that are then read: beside its keys and values that is a third, and on an H100 still faster than
@@ -59,7 +59,11 @@ def _block(size: int, most: int) -> int:
     return min(max(next_power_of_2(size), 16), most)
 
 
-@functools.cache
+# A split's keys are whole tiles of any of these.
+_TUNED = dict(fixed=("BLOCK_D",), bounds={"BLOCK_M": (16, 128), "BLOCK_N": (16, 128)})
+
+
+@tunable("latent_fwd", module="latent_forward", **_TUNED)
 def forward_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> LatentConfig:
@@ -76,7 +80,20 @@ def forward_config(
     return _tuned_config(block_m, block_n, block_d, num_warps, target)
 
 
-@functools.cache
+def _refuses_backward(
+    config: LatentConfig,
+    rows_per_medium: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    need_dkv: bool,
+    target: Target,
+) -> str | None:
+    if need_dkv and config.BLOCK_M < rows_per_medium:
+        return f"BLOCK_M: expected at least the {rows_per_medium} rows of one pass"
+    return None
+
+
+@tunable("latent_bwd", module="latent_backward", refuses=_refuses_backward, **_TUNED)
 def backward_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, need_dkv: bool, target: Target
 ) -> LatentConfig:
@@ -105,7 +122,7 @@ def backward_config(
     return _tuned_config(_block(rows_per_medium, 64), block_n, block_d, num_warps, target)
 
 
-@functools.cache
+@tunable("latent_dkv", module="latent_backward", **_TUNED)
 def dkv_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> LatentConfig:

@@ -11,10 +11,14 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What launch configurations depend on. `arch` is "sm_90", "gfx942", ... or "interpreter"."""
+    """What launch configurations depend on. `arch` is "sm_90", "gfx942", ... or "interpreter".
+
+    device: the name of the one that is here, whose tuned configurations are used; "": of none.
+    """
 
     arch: str
     num_sms: int
+    device: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Launch:
 
 
 # Few programs, so that the loops of persistent kernels run more than once in tests.
-INTERPRETER = Target("interpreter", num_sms=4)
+INTERPRETER = Target("interpreter", num_sms=4, device="interpreter")
 
 _recording: tuple[Target, list[Launch]] | None = None
 
@@ -41,7 +45,7 @@ def _cuda_target(index: int) -> Target:
         arch = properties.gcnArchName.split(":")[0]
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-    return Target(arch, properties.multi_processor_count)
+    return Target(arch, properties.multi_processor_count, properties.name)
 
 
 def target_of(tensor: torch.Tensor) -> Target:
@@ -57,13 +61,15 @@ def target_of(tensor: torch.Tensor) -> Target:
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Launchers called inside tune for `target` and have their launches recorded, not run.
 
+    What they choose follows from `target` alone, whatever was tuned on the device that is here.
+
     Tensors may be on the meta device: nothing is read. The ahead-of-time gate compiles what
     this yields, so it sees the arguments that the launchers themselves produce.
     """
     global _recording
     if _recording is not None:
         raise RuntimeError("recording() is already active")
-    _recording = (target, [])
+    _recording = (dataclasses.replace(target, device=""), [])
     try:
         yield _recording[1]
     finally:

@@ -16,6 +16,7 @@ import triton.language as tl
 from flamingo_fast.kernels.launch import Target, cdiv, launch, next_power_of_2, target_of
 from flamingo_fast.kernels.norm_config import (
     MAX_REGISTERS,
+    TUNED,
     WIDEST_KEPT,
     NormConfig,
     load_gate,
@@ -24,6 +25,7 @@ from flamingo_fast.kernels.norm_config import (
 from flamingo_fast.kernels.partials import Partials
 from flamingo_fast.kernels.rows import RowTensor, as_rows, contiguous, row_offsets
 from flamingo_fast.kernels.tanh import tanh
+from flamingo_fast.kernels.tuned import tunable
 
 
 @functools.cache
@@ -32,6 +34,11 @@ def backward_config(width: int) -> NormConfig:
     block_n = next_power_of_2(width)
     num_warps = 8 if block_n <= 2048 else 16
     return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 16 // num_warps)
+
+
+@tunable("norm_bwd", module="norm_backward", **TUNED)
+def _config(width: int, dtype: torch.dtype, target: Target) -> NormConfig:
+    return backward_config(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +361,7 @@ def _backward(
         by_columns = {**wanted, "gate": wanted["gate"] if vector_gate else None}
         # The columns kernel reads dx for a vector gate.
         need_dx = need_dx or by_columns["gate"] is not None
-    config = backward_config(view.width)
+    config = _config(view.width, x.dtype, target)
     programs = config.programs(view.rows, target)
     partials = Partials(x, programs, view.width, **by_rows)
     dx = torch.empty(x.shape if need_dx else (0,), dtype=x.dtype, device=x.device)

@@ -5,7 +5,7 @@ import dataclasses
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import Target, cdiv
+from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
 
 # Above this width the parameters and their gradients' sums do not fit in registers.
 WIDEST_KEPT = 4096
@@ -30,6 +30,10 @@ class NormConfig:
 
     def programs(self, rows: int, target: Target) -> int:
         return min(cdiv(rows, self.BLOCK_M), target.num_sms * self.programs_per_sm)
+
+
+# What a file of tuned configurations may say of a norm; see `tuned.tunable`.
+TUNED = dict(fixed=("BLOCK_N",), bounds={"BLOCK_M": (1, 2048)}, classes={"width": next_power_of_2})
 
 
 @triton.jit

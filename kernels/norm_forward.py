@@ -10,10 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.launch import launch, next_power_of_2, target_of
-from flamingo_fast.kernels.norm_config import MAX_REGISTERS, NormConfig, load_gate, load_parameter
+from flamingo_fast.kernels.launch import Target, launch, next_power_of_2, target_of
+from flamingo_fast.kernels.norm_config import (
+    MAX_REGISTERS,
+    TUNED,
+    NormConfig,
+    load_gate,
+    load_parameter,
+)
 from flamingo_fast.kernels.rows import as_rows, contiguous, row_offsets
 from flamingo_fast.kernels.tanh import tanh
+from flamingo_fast.kernels.tuned import tunable
 
 
 @functools.cache
@@ -22,6 +29,11 @@ def forward_config(width: int) -> NormConfig:
     num_warps = {4096: 8, 8192: 16, 16384: 16}.get(block_n, 4)
     # As many programs as registers leave room for on an SM.
     return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 24 // num_warps)
+
+
+@tunable("norm_fwd", module="norm_forward", **TUNED)
+def _config(width: int, dtype: torch.dtype, target: Target) -> NormConfig:
+    return forward_config(width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -138,10 +150,11 @@ def _forward(
     normed = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty((0,) if rms else x.shape[:-1], dtype=torch.float32, device=x.device)
-    config = forward_config(width)
+    target = target_of(x)
+    config = _config(width, x.dtype, target)
     launch(
         _norm_fwd_kernel,
-        (config.programs(rows, target_of(x)),),
+        (config.programs(rows, target),),
         x_view.tensor,
         y_view.tensor,
         x if gate is None else gate,

@@ -1,11 +1,14 @@
 """Launch configurations of attention where a token attends to one medium, from shapes alone."""
 
 import dataclasses
-import functools
 
 import torch
 
 from flamingo_fast.kernels.launch import Target, next_power_of_2
+from flamingo_fast.kernels.tuned import tunable
+
+# Pieces of a medium that is split are multiples of so many rows.
+_MOST_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,25 @@ def _has_wide_matrix_unit(target: Target) -> bool:
     return target.arch in ("sm_90", "sm_100")
 
 
-@functools.cache
+def _refuses(config: OneMediumConfig, *arguments: object) -> str | None:
+    *_, target = arguments
+    # With tiles of 16 rows Triton 3.6 makes a race of it, seen on an H100.
+    if config.num_stages == 1 and target.arch == "sm_90" and torch.float32 not in arguments:
+        return "num_stages: 1 is wrong on sm_90"
+    return None
+
+
+_FIXED = ("BLOCK_R", "BLOCK_D")
+_TUNED = dict(bounds={"BLOCK_M": (16, _MOST_ROWS)}, refuses=_refuses)
+
+
+@tunable(
+    "one_medium_fwd",
+    module="one_medium_forward",
+    fixed=(*_FIXED, "TRANSPOSE_DQ"),
+    classes={"rows_per_sample": _block_m},
+    **_TUNED,
+)
 def forward_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> OneMediumConfig:
@@ -49,12 +70,18 @@ def forward_config(
     # What has more than 64 keys of 128 elements spills on sm_100 with 4 warps.
     num_warps = 8 if block_r * block_d > 64 * 128 and target.arch == "sm_100" else 4
     block_m = _block_m(rows_per_sample)
-    # Never one on sm_90: with tiles of 16 rows Triton 3.6 makes a race of it, seen on an H100.
+    # Never one on sm_90: see _refuses.
     num_stages = 1 if target.arch == "gfx942" else 2
     return OneMediumConfig(block_m, block_r, block_d, True, num_warps, num_stages)
 
 
-@functools.cache
+@tunable(
+    "one_medium_bwd",
+    module="one_medium_backward",
+    fixed=_FIXED,
+    classes={"rows_per_medium": _block_m},
+    **_TUNED,
+)
 def backward_config(
     rows_per_medium: float,
     num_keys: int,

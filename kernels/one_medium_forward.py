@@ -215,5 +215,6 @@ def one_medium_fwd(
         BLOCK_D=config.BLOCK_D,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return out, lse

@@ -6,6 +6,7 @@ import functools
 import torch
 
 from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
+from flamingo_fast.kernels.tuned import tunable
 
 # Keys of a split, at least. A program also reads its queries again, and writes the sums that are
 # then read: beside reading so many keys for its rows that is at most a sixth.
@@ -58,7 +59,20 @@ def _block(size: int, most: int) -> int:
     return min(max(next_power_of_2(size), 16), most)
 
 
-@functools.cache
+def _rows_class(rows: int) -> int:
+    """What is tuned alike: up to 16 rows, 32, 64, and more."""
+    return _block(rows, 128)
+
+
+# A split's keys are whole tiles of any of these.
+_TUNED = dict(
+    fixed=("BLOCK_D",),
+    bounds={"BLOCK_M": (16, 128), "BLOCK_N": (16, 128)},
+    classes={"rows_per_sample": _rows_class},
+)
+
+
+@tunable("several_media_fwd", module="several_media_forward", **_TUNED)
 def forward_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:
@@ -73,7 +87,7 @@ def forward_config(
     return _tuned_config(block_m, 32 if cross_media else block_n, block_d, cross_media, target)
 
 
-@functools.cache
+@tunable("several_media_dq", module="several_media_backward", **_TUNED)
 def dq_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:
@@ -85,7 +99,7 @@ def dq_config(
     return _tuned_config(block_m, 32, block_d, tiles_cross_media(num_keys, 32), target)
 
 
-@functools.cache
+@tunable("several_media_dkv", module="several_media_backward", **_TUNED)
 def dkv_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
 ) -> SeveralMediaConfig:

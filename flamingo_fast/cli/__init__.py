@@ -16,6 +16,7 @@ from flamingo_fast.cli.app import app
 from flamingo_fast.ops.dispatch import BackendUnavailableError
 
 # In the order that --help has.
+<<<<<<< HEAD
 for _name in (
     "kernels",
     "bench",
@@ -27,6 +28,9 @@ for _name in (
     "profile",
     "profile_run",
 ):
+=======
+for _name in ("kernels", "bench", "tune", "models", "patch", "data", "train", "demo"):
+>>>>>>> w10-tune
     importlib.import_module(f"flamingo_fast.cli.{_name}")
 
 
