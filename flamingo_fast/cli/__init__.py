@@ -15,22 +15,9 @@ import flamingo_fast
 from flamingo_fast.cli.app import app
 from flamingo_fast.ops.dispatch import BackendUnavailableError
 
+_MACHINE = ("kernels", "bench", "tune", "profile", "profile_run")
 # In the order that --help has.
-<<<<<<< HEAD
-for _name in (
-    "kernels",
-    "bench",
-    "models",
-    "patch",
-    "data",
-    "train",
-    "demo",
-    "profile",
-    "profile_run",
-):
-=======
-for _name in ("kernels", "bench", "tune", "models", "patch", "data", "train", "demo"):
->>>>>>> w10-tune
+for _name in (*_MACHINE, "models", "patch", "data", "train", "demo"):
     importlib.import_module(f"flamingo_fast.cli.{_name}")
 
 
