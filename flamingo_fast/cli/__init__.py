@@ -16,7 +16,7 @@ from flamingo_fast.cli.app import app
 from flamingo_fast.ops.dispatch import BackendUnavailableError
 
 # In the order that --help has.
-for _name in ("kernels", "bench", "models", "patch", "data", "train", "demo"):
+for _name in ("kernels", "bench", "models", "patch", "data", "train", "demo", "accept"):
     importlib.import_module(f"flamingo_fast.cli.{_name}")
 
 
