@@ -124,7 +124,7 @@ def launch(context: Context) -> None:
     # Small: the GPU must not be what calls wait for.
     small = [each for each in every if each.shape == each.benchmark.tiny_shape]
     if context.quick:
-        small = small if context.on_gpu else small[-3:]
+        small = small if context.on_gpu else [small[0], small[-1]]
     for subject in small:
         for mode in ("fwd", "fwd_bwd"):
             context.attempt(
