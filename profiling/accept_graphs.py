@@ -119,8 +119,7 @@ class _Net(nn.Module):
             dim=sizes.dim, depth=1, num_latents=sizes.latents, **heads
         )
         self.blocks = nn.ModuleList(
-            GatedCrossAttentionBlock(dim=sizes.dim, dim_visual=sizes.dim, **heads)
-            for _ in range(2)
+            GatedCrossAttentionBlock(dim=sizes.dim, dim_visual=sizes.dim, **heads) for _ in range(2)
         )
         self.head = nn.Linear(sizes.dim, _VOCAB, bias=False)
         with torch.no_grad():
@@ -185,7 +184,9 @@ def check_training(sizes: Sizes, device: torch.device) -> str:
             losses.append(loss.item())
     text = f"losses {_numbers(losses)} of a graph, {_numbers(expected)} of calls"
     # Products may have another order of their terms in a graph, and steps make more of it.
-    if any(abs(one - other) > 1e-3 * abs(other) for one, other in zip(losses, expected, strict=True)):
+    if any(
+        abs(one - other) > 1e-3 * abs(other) for one, other in zip(losses, expected, strict=True)
+    ):
         raise AssertionError(text)
     if not losses[-1] < 0.9 * losses[0]:
         raise AssertionError(f"the loss does not fall: {text}")

@@ -141,10 +141,10 @@ class Legs:
             return function(*given.values(), **options)
 
         # Incoming gradients as the case's dtype rounds them, the oracle's too.
-        rounded: list[torch.Tensor | None] = [each.to(DTYPES[self.case.dtype]) for each in self.douts]
-        return outputs_and_gradients(
-            call, self.leaves, self.benchmark.outputs, rounded, dtype
-        )
+        rounded: list[torch.Tensor | None] = [
+            each.to(DTYPES[self.case.dtype]) for each in self.douts
+        ]
+        return outputs_and_gradients(call, self.leaves, self.benchmark.outputs, rounded, dtype)
 
     def ours(self, impl: str) -> dict[str, torch.Tensor]:
         return self._run(self.benchmark.ours, impl=impl)

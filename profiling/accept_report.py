@@ -41,7 +41,9 @@ def text_table(results: Results) -> str:
     lines.insert(1, "-" * max(map(len, lines[:1])))
     for stage in results.stages:
         failed = stage.with_status("failed")
-        lines += [f"FAILED {stage.name}: {each.name}: {each.detail}" for each in failed[:_MOST_FAILED]]
+        lines += [
+            f"FAILED {stage.name}: {each.name}: {each.detail}" for each in failed[:_MOST_FAILED]
+        ]
         if len(failed) > _MOST_FAILED:
             lines.append(f"FAILED {stage.name}: and {len(failed) - _MOST_FAILED} more")
     for stage in results.stages:

@@ -46,7 +46,7 @@ def find_program(name: str) -> str | None:
 
 
 def sanitizer(context: Context) -> None:
-    """No access out of bounds, no race in shared memory; a case in the fast suite of each family."""
+    """No access out of bounds, no race in shared memory, in `small_cases`."""
     program = find_program("compute-sanitizer") if context.on_gpu else None
     if context.on_gpu and program is None:
         context.skip("compute-sanitizer", "missing compute-sanitizer")
@@ -59,7 +59,7 @@ def sanitizer(context: Context) -> None:
 
 def small_cases(context: Context) -> None:
     """Forward and backward of a kernel of each family, at sizes that fill no tile."""
-    from flamingo_fast.bench import attention, latent, ops, several_media
+    from flamingo_fast.bench import attention, latent, several_media
     from flamingo_fast.profiling.accept_parity import BENCHMARKS, Legs, Subject
 
     shapes = {
@@ -68,7 +68,6 @@ def small_cases(context: Context) -> None:
         several_media.ALL_PREVIOUS: (2, 100, 2, 2, 64, 5),
         latent.NAME: (3, 10, 70, 4, 2, 64, 37),
     }
-    assert ops.BENCHMARKS.keys() & shapes.keys()
     for name, shape in shapes.items():
         small = shape if context.on_gpu else BENCHMARKS[name].tiny_shape
         legs = Legs(Subject(BENCHMARKS[name], small, "fp16", context.device))
@@ -87,9 +86,7 @@ def _sanitized(context: Context, program: str | None, tool: str) -> str:
 
     work = context.work / tool
     work.mkdir()
-    child = Context(
-        context.device, context.quick, work, work / "events.jsonl", context.deadline
-    )
+    child = Context(context.device, context.quick, work, work / "events.jsonl", context.deadline)
     # Half of what is left, so that a tool that hangs leaves time to the next one.
     limit_s = max(context.seconds_left / 2 - 2, 1.0)
     target = f"{small_cases.__module__}:{small_cases.__name__}"
@@ -115,7 +112,9 @@ def judge_sanitizer(code: int, output: str, told: str, *, with_tool: bool) -> st
         Skip: the tool does not work on this machine.
         AssertionError: it found something, or the cases did not come to an end.
     """
-    if with_tool and (line := _line(output, r"not supported|Unable to|Failed to init|No attachable")):
+    if with_tool and (
+        line := _line(output, r"not supported|Unable to|Failed to init|No attachable")
+    ):
         raise Skip(line)
     summary = _line(output, r"(ERROR|RACECHECK) SUMMARY:") or "no summary"
     found = re.search(r"SUMMARY: (\d+)", summary)
