@@ -1,5 +1,6 @@
 """The stages of `accept` that measure: tuning, ops and modules beside ceilings, and table 3."""
 
+import functools
 import gc
 import json
 import statistics
@@ -66,7 +67,7 @@ def bench(context: Context) -> None:
         if context.seconds_left < 2 * _MARGIN_S:
             context.note(f"not measured, out of time: {', '.join(names[index:])}")
             return
-        context.attempt(name, lambda name=name: _bench_op(context, name, ceilings, csv))  # type: ignore[misc]
+        context.attempt(name, functools.partial(_bench_op, context, name, ceilings, csv))
     if not context.on_gpu:
         context.not_exercised("a GPU's clock, and what starting a call costs beside it")
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,7 +115,7 @@ class _Net(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        heads = {"dim_head": sizes.dim_head, "heads": sizes.heads}
+        heads: dict[str, Any] = {"dim_head": sizes.dim_head, "heads": sizes.heads}
         self.embedding = nn.Embedding(_VOCAB, sizes.dim)
         self.resampler = PerceiverResampler(
             dim=sizes.dim, depth=1, num_latents=sizes.latents, **heads
@@ -263,14 +265,14 @@ def graphs(context: Context) -> None:
     """The training step, decoding, then ops."""
     device = context.device
     sizes = Sizes() if context.on_gpu else TINY
-    context.attempt("training step", lambda: check_training(sizes, device))
+    context.attempt("training step", functools.partial(check_training, sizes, device))
     for beams in (1, 3):
         tokens = 20 if context.on_gpu else 5
         context.attempt(
-            f"decoding, {beams} beams", lambda beams=beams: check_decoding(device, beams, tokens)
+            f"decoding, {beams} beams", functools.partial(check_decoding, device, beams, tokens)
         )
     names = _OPS if context.on_gpu else _OPS[-3:]
     for subject in subjects(device, quick=True, names=names, dtypes=("bf16",)):
-        context.attempt(str(subject), lambda subject=subject: check_op(subject))
+        context.attempt(str(subject), functools.partial(check_op, subject))
     if not context.on_gpu:
         context.not_exercised("capture and replay of graphs, and what waits for a GPU")

@@ -1,13 +1,14 @@
 """What a call of an op costs the CPU, over what Triton takes to launch the same kernels.
 
-A bare launch is what someone with the kernel alone would write, `kernel[grid](*arguments, ...)` with
-all memory there already; of an op of several kernels it is all of them. The op's call also checks
-its arguments, allocates and dispatches. Beside it, unjudged, is what starts a kernel here: compiled
-ones are remembered by their arguments (`kernels/launch.py`).
+A bare launch is what someone with the kernel alone would write, `kernel[grid](*arguments, ...)`
+with all memory there already; of an op of several kernels it is all of them. The op's call also
+checks its arguments, allocates and dispatches. Beside it, unjudged, is what starts a kernel here:
+compiled ones are remembered by their arguments (`kernels/launch.py`).
 """
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,12 +95,13 @@ def measure(context: Context, subject: Subject, mode: str) -> str | None:
         call()
     if not launches:
         raise AssertionError("no kernel was started")
+    index = device.index or 0 if context.on_gpu else None
     repeats, rounds = (_CALLS_PER_SAMPLE, 15) if context.on_gpu else (1, 2)
     samples = interleaved(
         {
             "call": call,
-            "bare": lambda: _launch_all(launches),
-            "ours": lambda: _start_all(launches, device.index or 0 if context.on_gpu else None),
+            "bare": functools.partial(_launch_all, launches),
+            "ours": functools.partial(_start_all, launches, index),
         },
         wall_clock(device, repeats),
         budget_s=0.3 if context.on_gpu else 0.0,
@@ -129,7 +131,7 @@ def launch(context: Context) -> None:
         for mode in ("fwd", "fwd_bwd"):
             context.attempt(
                 f"{subject.benchmark.name} {mode}",
-                lambda subject=subject, mode=mode: measure(context, subject, mode),
+                functools.partial(measure, context, subject, mode),
             )
     if not context.on_gpu:
         context.not_exercised(f"the limit of {MOST}: an interpreter's times say nothing of it")

@@ -5,6 +5,7 @@ configurations have; but for decoding's, whose block is no tensor.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -182,7 +183,7 @@ class Legs:
     def _of_layer(
         self, ours: Mapping[str, torch.Tensor], oracle: Mapping[str, torch.Tensor]
     ) -> dict[str, float]:
-        """Sums over all tokens cancel; another shape of a product has another order of its terms."""
+        """Sums over tokens cancel; products of other shapes add their terms in another order."""
         out = ours[self.benchmark.outputs[0]]
         steps = 2 * out.numel() ** 0.5 * out.abs().max().item()
         scales = {}
@@ -236,11 +237,15 @@ def parity(context: Context) -> None:
                 "all cases", False, f"{len(mine) - index} of {len(mine)} are left, out of time"
             )
             return
-        context.attempt(str(subject), lambda subject=subject: check(subject))  # type: ignore[misc]
+        context.attempt(str(subject), functools.partial(check, subject))
     if not context.on_gpu:
         context.not_exercised(
             "compiled kernels: Triton's interpreter ran them, at the smallest shapes"
         )
+
+
+def _backend(legs: Legs, impl: str) -> str:
+    return verdict(legs.compare(legs.ours(impl)))
 
 
 def backends(context: Context) -> None:
@@ -252,7 +257,7 @@ def backends(context: Context) -> None:
         for impl in (*VARLEN_IMPLS, "sdpa", "torch"):
             context.attempt(
                 f"{subject} {impl}",
-                lambda legs=legs, impl=impl: verdict(legs.compare(legs.ours(impl))),  # type: ignore[misc]
+                functools.partial(_backend, legs, impl),
             )
     if not context.on_gpu:
         context.not_exercised(f"{', '.join(VARLEN_IMPLS)}: they need a GPU")

@@ -1,5 +1,6 @@
 """The stages of `accept` that run other programs: doctor, compute-sanitizer, Nsight sessions."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -52,7 +53,7 @@ def sanitizer(context: Context) -> None:
         context.skip("compute-sanitizer", "missing compute-sanitizer")
         return
     for tool in ("memcheck", "racecheck") if context.on_gpu else ("memcheck",):
-        context.attempt(tool, lambda tool=tool: _sanitized(context, program, tool))  # type: ignore[misc]
+        context.attempt(tool, functools.partial(_sanitized, context, program, tool))
     if not context.on_gpu:
         context.not_exercised("compute-sanitizer: its cases ran without it")
 
@@ -172,9 +173,7 @@ def sessions(context: Context) -> None:
         limit_s = (context.seconds_left - 5) / (len(todo) - index)
         context.attempt(
             f"{tool} {target}",
-            lambda tool=tool, target=target, limit_s=limit_s: _session(  # type: ignore[misc]
-                context, tool, target, limit_s
-            ),
+            functools.partial(_session, context, tool, target, limit_s),
         )
     if not context.on_gpu:
         context.not_exercised("nsys and ncu: torch.profiler ran in their place")
