@@ -26,9 +26,11 @@ _OWN = "flamingo_fast"
 
 
 def arguments(context: Context, target: str, limit_s: float) -> list[str]:
-    """The command line after `python -m ...` that makes such a context."""
+    """The command line after `python -m ...` that makes such a context, for `limit_s` from now."""
+    # The time of day: what Python takes to start and import counts too.
+    end = time.time() + limit_s
     return [
-        *(target, str(context.device), str(context.work), str(context.events), f"{limit_s:g}"),
+        *(target, str(context.device), str(context.work), str(context.events), f"{end:.2f}"),
         *(str(context.shard), str(context.num_shards)),
         *(["--quick"] if context.quick else []),
     ]
@@ -76,14 +78,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     for name in ("target", "device", "work", "events"):
         parser.add_argument(name)
-    parser.add_argument("limit_s", type=float)
+    parser.add_argument("end", type=float)
     for name in ("shard", "num_shards"):
         parser.add_argument(name, type=int)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(given)
     faulthandler.enable()
     # Shortly before the runner would: a hang then says where it is.
-    faulthandler.dump_traceback_later(max(options.limit_s - 0.5, 0.1), exit=True)
+    limit_s = max(options.end - time.time(), 1.0)
+    faulthandler.dump_traceback_later(limit_s - 0.5, exit=True)
     if os.getpid() == os.getpgrp():
         _end_with_parent()
     context = Context(
@@ -91,7 +94,7 @@ def main(given: Sequence[str] | None = None) -> None:
         quick=options.quick,
         work=Path(options.work),
         events=Path(options.events),
-        deadline=time.monotonic() + options.limit_s,
+        deadline=time.monotonic() + limit_s,
         shard=options.shard,
         num_shards=options.num_shards,
     )
