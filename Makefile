@@ -31,9 +31,9 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test test-transformers test-nsys bench bench-full bench-pytest aot demo gpu gpu-test gpu-bench install clean distclean
+.PHONY: check lint test test-transformers test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
-check: lint test test-transformers test-nsys
+check: lint test test-transformers test-nsys accept-cpu
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
@@ -77,29 +77,31 @@ DEMO_OUT ?= build/demo
 demo: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast demo --fresh --out $(DEMO_OUT))
 
-# On a machine with a GPU, with what PYTHON has installed: kernels and modules against the oracle,
-# then benchmarks, of which each adds its rows to $(GPU_OUT)/results.csv.
-GPU_OUT ?= bench/results
+# What a CPU can run of `make gpu`, kernels interpreted: no line of it runs for the first time there.
+ACCEPT_CPU_OUT ?= build/accept-cpu
+
+accept-cpu: $(STAMP)
+	@rm -rf $(ACCEPT_CPU_OUT)
+	$(call timed,$@,$(BIN)/flamingo-fast accept --device cpu --quick --out $(ACCEPT_CPU_OUT))
+
+# On a machine with a GPU, with what PYTHON has installed, under 25 minutes: a pass/fail table, and a
+# folder to keep. GPU_ARGS='--stage doctor --stage parity --out DIR', then '--resume --out DIR'.
+GPU_ARGS ?=
+
+gpu:
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m flamingo_fast.profiling.accept $(GPU_ARGS)
+
+# The kernels' and modules' tests there, many more cases than `gpu` has; needs pytest-xdist.
 GPU_JOBS ?= 8
 GPU_TEST_ARGS ?=
-GPU_BENCH_ARGS ?=
-ON_GPU := TEST_DEVICE=cuda PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m
 GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu tanh norm gated_residual feed_forward \
   latent_attention latent_kernels masked_cross_attention several_media gated_blocks resampler \
   op_contract unbind_kv gpu_models))
-GPU_OPS := latent_attention masked_cross_attention gated_residual_layer_norm PerceiverResampler \
-  GatedCrossAttentionBlock MaskedCrossAttention GatedCrossAttentionBlock_decode \
-  masked_cross_attention_mllama masked_cross_attention_all_previous
-
-gpu: gpu-test gpu-bench
 
 gpu-test:
-	$(call timed,$@,$(ON_GPU) pytest -q -n $(GPU_JOBS) --dist worksteal $(GPU_TESTS) \
+	$(call timed,$@,TEST_DEVICE=cuda PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -q -n $(GPU_JOBS) \
+	  --dist worksteal $(GPU_TESTS) \
 	  -k 'triton or kernels or tanh or gpu or gated_blocks or resampler' $(GPU_TEST_ARGS))
-
-gpu-bench:
-	$(call timed,$@,$(ON_GPU) flamingo_fast.cli bench $(addprefix --op ,$(GPU_OPS)) --out $(GPU_OUT) \
-	  $(GPU_BENCH_ARGS))
 
 install: $(STAMP)
 

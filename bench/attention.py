@@ -98,10 +98,11 @@ def _reference(
 ) -> torch.Tensor:
     """The reference in blocks of tokens and their media: for a long text it takes L * N memory.
 
-    In fp32 all along, so that gradients of media in several blocks are rounded once. All tokens of
-    the media are valid.
+    In fp32 all along, or fp64 of fp64, so that gradients of media in several blocks are rounded
+    once. All tokens of the media are valid.
     """
-    wide_q, keys, values = q.float(), k.float().flatten(0, -4), v.float().flatten(0, -4)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    wide_q, keys, values = q.to(wide), k.to(wide).flatten(0, -4), v.to(wide).flatten(0, -4)
     mask, rows = layout.to_mask(), []
     for sample, (first, last) in enumerate(itertools.pairwise(layout.cu_media.tolist())):
         blocks = []

@@ -95,8 +95,9 @@ def _call_ours(num_inputs: int, *arguments: Any, impl: str = "auto") -> torch.Te
     dtype = inputs[0].dtype
     if impl == "reference":
         # The oracle in fp32 all through: products in 16 bits would round as the baseline's do.
+        wide = torch.promote_types(dtype, torch.float32)
         inputs, parameters = (
-            tuple(x.float() if x.is_floating_point() else x for x in tensors)
+            tuple(x.to(wide) if x.is_floating_point() else x for x in tensors)
             for tensors in (inputs, parameters)
         )
     with use_impl(impl):

@@ -63,11 +63,19 @@ class Results:
 
 
 def run(
-    plan: Plan, device: torch.device, progress: Callable[[str], None] = lambda step: None
+    plan: Plan,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda step: None,
+    ceilings: Ceilings | None = None,
 ) -> Results:
-    """Measures all of `plan` on `device`; `progress` is told what comes next."""
-    progress("ceilings")
-    ceilings = measure_ceilings(device, plan.dtypes, budget_s=plan.budget_s, quick=plan.quick)
+    """Measures all of `plan` on `device`; `progress` is told what comes next.
+
+    Arguments:
+        ceilings: of this device, if they were measured in this process.
+    """
+    if ceilings is None:
+        progress("ceilings")
+        ceilings = measure_ceilings(device, plan.dtypes, budget_s=plan.budget_s, quick=plan.quick)
     results = Results(plan, device, records.environment(device), ceilings, ceilings.measurements())
     try:
         _measure(plan, device, results, progress)

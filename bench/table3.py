@@ -14,15 +14,16 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from rich.console import Group
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from flamingo_fast.bench.agreement import Agreement
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.params import ParameterCounts, read_table3, table3_rows
 from flamingo_fast.models.presets import table3_configs
 from flamingo_fast.models.work import passes, step_flops
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 BASELINE = "baseline"
 # By construction they do what the baseline does: they show what the machine's noise is.
@@ -216,8 +217,12 @@ def _notes(predictions: Sequence[Prediction]) -> list[str]:
     ]
 
 
-def render(predictions: list[Prediction]) -> Group:
+def render(predictions: list[Prediction]) -> "Group":
     """The rows as a table for a terminal, in the paper's groups, and what its columns are."""
+    # Here alone: what is measured needs no terminal.
+    from rich.console import Group
+    from rich.table import Table
+
     of_row = ratios(predictions)
     table = Table(
         title="Step time over the baseline's: printed and predicted", title_justify="left"

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import rich.box
-import rich.table
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,12 @@ class Table:
     notes: Sequence[str] = ()
     has_groups: bool = True
 
-    def rich(self) -> rich.table.Table:
+    def rich(self) -> "rich.table.Table":
         """A section for each value of the first column."""
+        # Here alone: what is measured needs no terminal.
+        import rich.box
+        import rich.table
+
         table = rich.table.Table(
             title=self.title,
             title_justify="left",

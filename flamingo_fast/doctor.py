@@ -7,15 +7,15 @@ import importlib.util
 import os
 import platform
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 
 import flamingo_fast
 from flamingo_fast.ops.dispatch import why_not_triton
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 Status = Literal["usable", "unavailable", "broken"]
 
@@ -155,8 +155,13 @@ def examine() -> Report:
 _STYLES = {"usable": "green", "unavailable": "yellow", "broken": "bold red"}
 
 
-def render(report: Report) -> Group:
+def render(report: Report) -> "Group":
     """The report as tables for a terminal."""
+    # `accept` examines machines without it.
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
     versions = Table("package", "version", title="Versions", title_justify="left")
     for package, version in report.versions.items():
         versions.add_row(package, version or "not installed")

@@ -20,9 +20,9 @@ LAYERS = (
     {"models"},
     {"training", "patching"},
     {"flamingo_fast"},
-    {"testing"},
+    {"testing", "doctor"},
     {"bench", "profiling"},
-    {"doctor", "cli"},
+    {"cli"},
 )
 
 EXTRAS = (
