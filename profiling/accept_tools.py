@@ -159,7 +159,7 @@ def run_program(
     return done.returncode, output
 
 
-TARGETS = ("train:micro", "decode", "masked_cross_attention")
+TARGETS = ("train:micro", "decode:micro", "masked_cross_attention")
 _DRIVER = "flamingo_fast.profiling.run"
 
 
@@ -186,7 +186,7 @@ def _session(context: Context, tool: str, target: str, limit_s: float) -> str:
     out = context.work / re.sub(r"\W", "_", f"{tool}_{target}")
     command = [sys.executable, "-m", _DRIVER, target, "--tool", tool, "--out", str(out)]
     if context.quick:
-        command += ["--steps", "1", "--warmup", "1"]
+        command += ["--steps", "1", "--warmup", "1" if context.on_gpu else "0"]
     code, output = run_program(command, limit_s)
     if code:
         raise session_error(code, output)
@@ -195,7 +195,10 @@ def _session(context: Context, tool: str, target: str, limit_s: float) -> str:
         raise AssertionError(f"exit code 0, and no file: {output[-500:]}")
     largest = max(files, key=lambda each: each.stat().st_size)
     context.keep(largest, f"{out.name}{''.join(largest.suffixes[-2:])}")
-    return ", ".join(f"{each.name} {each.stat().st_size / 2**20:.2f} MiB" for each in files[:5])
+    from flamingo_fast.profiling.profile_report import report
+
+    found = report([out])
+    return " ".join(found.sections[0].sentences)
 
 
 def session_error(code: int, output: str) -> Exception:
