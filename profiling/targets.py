@@ -165,7 +165,7 @@ def _parsed_peer(name: str, peer_case: str, options: list[str]) -> _Build:
         ((peer, cases),) = patching_models.selected((peer_case,), quick=False)
     except ValueError as error:
         raise TargetError(f"target {name!r}: {error}") from None
-    version, dtype, *rest = (*options, "patched", "fp32")[:2] if len(options) < 2 else options
+    version, dtype, *rest = (*options, *("patched", "fp32")[len(options) :])
     _expect(name, "version", version, ("patched", "unpatched"))
     _expect(name, "dtype", dtype, DTYPES)
     if rest:

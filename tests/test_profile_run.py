@@ -18,6 +18,8 @@ for _name in ("timm", "transformers"):
 from fresh_venv import ROOT  # noqa: E402
 
 from flamingo_fast import cli  # noqa: E402
+from flamingo_fast.bench import patching, patching_models  # noqa: E402
+from flamingo_fast.patching.state import is_patched  # noqa: E402
 from flamingo_fast.profiling import run as profile_run  # noqa: E402
 from flamingo_fast.profiling import session, targets  # noqa: E402
 
@@ -198,6 +200,25 @@ def test_what_is_left_out_of_a_name() -> None:
     decode = build("decode:micro", cpu)
     generated: Any = decode.step()
     assert decode.name == "decode:micro" and generated.sequences.shape == (1, 8)
+
+
+def test_a_peers_model(tmp_path: Path) -> None:
+    pytest.importorskip("open_flamingo")
+    for name in (
+        "open_flamingo.prefill_16",
+        "idefics.train:unpatched",
+        "mllama.train:patched:bf16",
+    ):
+        targets.check_target(name)
+    cpu, sizes = torch.device("cpu"), patching_models.Sizes(hidden=64, layers=2, heads=2, shrink=32)
+    ((peer, (case,)),) = patching_models.selected(("open_flamingo.prefill_16",), quick=False)
+    case = case.shrunk(sizes)
+    found = []
+    for patched in (False, True):
+        model, step = patching.one_call(peer, case, sizes, torch.float32, cpu, patched=patched)
+        assert any(map(is_patched, model.modules())) is patched
+        found.append(step()["logits"])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_folders_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
