@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from flamingo_fast.profiling.annotate import DOMAIN, nvtx_domain
-from flamingo_fast.profiling.session import CAPTURE, SESSION, TRACE
+from flamingo_fast.profiling.recorded_session import FILE_NAME
+from flamingo_fast.profiling.session import CAPTURE, TRACE
 from flamingo_fast.profiling.targets import TargetError, check_target
 
 TOOLS = ("nsys", "ncu", "torch")
@@ -71,7 +72,7 @@ def run(
         nvtx_domain()
     out = default_out(target, tool) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    for name in (SESSION, TRACE, f"{REPORT}.nsys-rep", f"{REPORT}.qdstrm", f"{REPORT}.ncu-rep"):
+    for name in (FILE_NAME, TRACE, f"{REPORT}.nsys-rep", f"{REPORT}.qdstrm", f"{REPORT}.ncu-rep"):
         (out / name).unlink(missing_ok=True)
     session = [
         *(sys.executable, "-m", "flamingo_fast.profiling.session", target),
@@ -135,7 +136,7 @@ def _start(
             ).returncode
     except subprocess.TimeoutExpired:
         raise SessionError(f"after {timeout_s:.0f} s it was not done; see {log}") from None
-    if code or not (out / SESSION).exists():
+    if code or not (out / FILE_NAME).exists():
         *_, last = log.read_text(errors="replace").strip().splitlines()
         raise SessionError(f"exit code {code}: {last}; see {log}")
 

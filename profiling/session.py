@@ -20,11 +20,10 @@ import torch
 import flamingo_fast
 from flamingo_fast.gpus import GPUS
 from flamingo_fast.profiling.annotate import DOMAIN, annotate, nvtx_domain
+from flamingo_fast.profiling.recorded_session import FILE_NAME, SCHEMA
 from flamingo_fast.profiling.targets import Target, TargetError, build_target
 from flamingo_fast.ranges import span
 
-SCHEMA = 1
-SESSION = "session.json"
 TRACE = "trace.json.gz"
 CAPTURE = "capture"
 STEP = "step"
@@ -62,7 +61,7 @@ def run_session(
         "work": target.work(),
         "ceilings": _ceilings(device),
     }
-    (out / SESSION).write_text(json.dumps(session, indent=1) + "\n")
+    (out / FILE_NAME).write_text(json.dumps(session, indent=1) + "\n")
 
 
 def _under_nvtx(target: Target, steps: int, device: torch.device) -> list[float]:
