@@ -7,7 +7,8 @@ import dataclasses
 class Gpu:
     """Data-sheet peaks, dense: GB/s, and TFLOP/s of vector units (fp32) and matrix products.
 
-    `device_names` is what PyTorch calls those whose matrix products are as fast.
+    `device_names` is what PyTorch calls those whose matrix products are as fast; `bandwidths` has
+    those of them whose memory is not.
     """
 
     name: str
@@ -16,6 +17,11 @@ class Gpu:
     matmul: dict[str, float]
     source: str
     device_names: tuple[str, ...] = ()
+    bandwidths: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def bandwidth_of(self, device_name: str) -> float:
+        """GB/s of one of `device_names`."""
+        return self.bandwidths.get(device_name, self.bandwidth)
 
 
 def _matmul_peaks(fp32: float, half: float) -> dict[str, float]:
@@ -36,6 +42,12 @@ GPUS = (
             "NVIDIA A100 80GB PCIe",
             "NVIDIA A100-PCIE-40GB",
         ),
+        # The same data sheet, and that of 2020 of those with 40 GB.
+        {
+            "NVIDIA A100-SXM4-40GB": 1555,
+            "NVIDIA A100 80GB PCIe": 1935,
+            "NVIDIA A100-PCIE-40GB": 1555,
+        },
     ),
     Gpu(
         "H100",
@@ -44,6 +56,8 @@ GPUS = (
         _matmul_peaks(67, 989),
         "NVIDIA H100 data sheet (2023), H100 SXM",
         ("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
+        # NVIDIA H200 data sheet (2023).
+        {"NVIDIA H200": 4800},
     ),
     Gpu(
         "B200",

@@ -121,23 +121,18 @@ class Ranges:
         self.end_above(self._floor + level)
 
 
-class _Mark(torch.autograd.Function):
+def _mark(tensor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
     """The tensor, and a call when its gradient comes by.
 
     Autograd runs its nodes newest first: by then those made after this one have run. A tensor's own
     hooks run in the order they were given, so that of an input that is another's output the outer
-    stretch would begin before the inner one ends.
+    stretch would begin before the inner one ends. An autograd.Function's view would not let itself
+    be changed in place.
     """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
-        ctx.call = call
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        ctx.call()
-        return gradients[0], None
+    view = tensor.view_as(tensor)
+    node: Any = view.grad_fn
+    node.register_prehook(lambda gradients: call())
+    return view
 
 
 def _marked(values: Any, call: Callable[[], None]) -> Any:
@@ -145,7 +140,7 @@ def _marked(values: Any, call: Callable[[], None]) -> Any:
 
     def mark(value: Any) -> Any:
         if _has_gradient(value):
-            return _Mark.apply(value, call)
+            return _mark(value, call)
         # What a language model of ours returns. Others, such as layouts, keep what they have made.
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}

@@ -6,11 +6,13 @@ process of its own, for a limited time; results are in the folder while it runs.
 """
 
 import argparse
+import contextlib
 import datetime
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -90,7 +92,8 @@ def accept(
         if (each.name in stages if stages else not (resume and each.name in done))
     ]
     try:
-        accept_runner.run(chosen, order, folder, results, show)
+        with _interrupted_by_sigterm():
+            accept_runner.run(chosen, order, folder, results, show)
     except KeyboardInterrupt:
         show("interrupted: --resume goes on")
     show(text_table(results))
@@ -102,8 +105,21 @@ def _options(device: str, quick: bool, stages: Sequence[str]) -> list[str]:
     return ["--device", device, *["--quick"] * quick, *(f"--stage={name}" for name in stages)]
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Of `timeout` and of machines that are taken back: what ran so far is written down."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,8 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="add to the results in --out")
     parser.add_argument("--out", type=Path, help="folder; default: results/accept-<utc>-<commit>")
     options = parser.parse_args(arguments)
-    # Of `timeout` and of machines that are taken back: what ran so far is written down.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return accept(
             device=options.device,

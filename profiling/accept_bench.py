@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import json
 import statistics
 from pathlib import Path
 
@@ -29,22 +28,25 @@ _OURS = "ours"
 
 def tuning(context: Context) -> None:
     """`flamingo-fast tune`'s search, for as long as the stage has."""
-    from flamingo_fast.profiling.tune import run_tuning
+    from flamingo_fast.profiling import tune
 
     out = context.work / "tuned"
     out.mkdir()
     budget_s = max(context.seconds_left - _MARGIN_S, 1.0)
     if context.quick:
         budget_s = min(budget_s, 60.0)
-    found = run_tuning(context.device, context.quick, out, budget_s)
+    found = tune.tune(context.device, quick=context.quick, out_dir=out, budget_s=budget_s)
     files = sorted(out.rglob("*.json"))
-    kept = context.work / "tuned.json"
-    kept.write_text(
-        files[0].read_text() if len(files) == 1 else json.dumps(found, indent=1, default=str)
-    )
-    context.keep(kept, "tuned.json")
+    for file in files:
+        # By the name that kernels look for in $FLAMINGO_FAST_CACHE.
+        context.keep(file, file.name)
+    entries = found["entries"]
+    failed = [each for each in found["skipped"] if each["reason"] != tune.BUDGET_ENDED]
     context.check(
-        "tuning", bool(found), f"{len(found)} entries, {len(files)} files of configurations"
+        "tuning",
+        bool(entries and files) and not failed,
+        "; ".join(f"{each['op']}: {each['reason']}" for each in failed)
+        or f"{len(entries)} entries, {len(found['skipped'])} cases beyond the budget",
     )
 
 

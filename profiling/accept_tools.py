@@ -4,12 +4,11 @@ import functools
 import importlib.util
 import os
 import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
+import tempfile
 
 from flamingo_fast.profiling.accept_context import Context, Skip, synchronize
+from flamingo_fast.profiling.processes import find_program, run_program
 
 _TORCH, _TRITON = (2, 11), (3, 6)
 
@@ -38,12 +37,6 @@ def doctor(context: Context) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
-def find_program(name: str) -> str | None:
-    """On the PATH, or with the CUDA toolkit, whose folder often isn't."""
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(name, path=str(Path(toolkit, "bin")))
 
 
 def sanitizer(context: Context) -> None:
@@ -98,7 +91,7 @@ def _sanitized(context: Context, program: str | None, tool: str) -> str:
         *accept_worker.arguments(child, target, limit_s),
     ]
     # One block of memory for many tensors would hide what runs over the end of one.
-    code, output = run_program(command, limit_s, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    code, output = run_shown(command, limit_s, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     told = child.events.read_text() if child.events.exists() else ""
     return judge_sanitizer(code, output, told, with_tool=program is not None)
 
@@ -113,12 +106,12 @@ def judge_sanitizer(code: int, output: str, told: str, *, with_tool: bool) -> st
         Skip: the tool does not work on this machine.
         AssertionError: it found something, or the cases did not come to an end.
     """
-    if with_tool and (
-        line := _line(output, r"not supported|Unable to|Failed to init|No attachable")
-    ):
-        raise Skip(line)
     summary = _line(output, r"(ERROR|RACECHECK) SUMMARY:") or "no summary"
     found = re.search(r"SUMMARY: (\d+)", summary)
+    # Other programs say so, too, of something else.
+    unsupported = _line(output, r"not supported|Unable to|Failed to init|No attachable")
+    if with_tool and unsupported and not found:
+        raise Skip(unsupported)
     if with_tool and found and int(found[1]):
         errors = _line(output, r"Invalid|hazard|race|Error: ") or ""
         raise AssertionError(f"{summary}; first: {errors}")
@@ -133,7 +126,7 @@ def _line(text: str, pattern: str) -> str | None:
     return next((line.strip() for line in text.splitlines() if re.search(pattern, line)), None)
 
 
-def run_program(
+def run_shown(
     command: list[str], limit_s: float, more_environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
     """Exit code and output; also printed.
@@ -142,25 +135,25 @@ def run_program(
         TimeoutError: it takes longer than that.
     """
     print("$", *command, flush=True)
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit_s,
-            env={**os.environ, **(more_environment or {})},
-        )
-    except subprocess.TimeoutExpired as error:
-        print((error.stdout or b"").decode(errors="replace"), flush=True)
-        raise TimeoutError(f"not done within {limit_s:.0f} s") from None
-    output = done.stdout.decode(errors="replace")
-    print(output, flush=True)
-    return done.returncode, output
+    environment = {**os.environ, **(more_environment or {})}
+    with tempfile.TemporaryFile() as file:
+        try:
+            code = run_program(command, file, limit_s=limit_s, environment=environment)
+        finally:
+            file.seek(0)
+            output = file.read().decode(errors="replace")
+            print(output, flush=True)
+    return code, output
 
 
 TARGETS = ("train:micro", "decode:micro", "masked_cross_attention")
 _DRIVER = "flamingo_fast.profiling.run"
+
+
+# There is room for three files; ncu's of whole models are like that of the op.
+_KEPT = (("nsys", "train:micro"), ("nsys", "decode:micro"), ("ncu", "masked_cross_attention"))
+# ncu runs each launch dozens of times over.
+_LAUNCHES = 6
 
 
 def sessions(context: Context) -> None:
@@ -168,10 +161,11 @@ def sessions(context: Context) -> None:
     if importlib.util.find_spec(_DRIVER) is None:
         raise ModuleNotFoundError(f"No module named {_DRIVER!r}", name=_DRIVER)
     tools = ("nsys", "ncu") if context.on_gpu else ("torch",)
-    todo = [(tool, target) for target in TARGETS for tool in tools]
+    todo = [(tool, target) for tool in tools for target in TARGETS]
     for index, (tool, target) in enumerate(todo):
-        # Some take much longer than others: what is left, but for 15 s of each that is to come.
-        limit_s = max(context.seconds_left - 5 - 15 * (len(todo) - index - 1), 5.0)
+        limit_s = max((context.seconds_left - 5) / (len(todo) - index), 5.0)
+        # None waits for more than two shares, and what one leaves the next ones have.
+        limit_s = min(2 * limit_s, context.seconds_left - 5)
         context.attempt(
             f"{tool} {target}",
             functools.partial(_session, context, tool, target, limit_s),
@@ -181,24 +175,31 @@ def sessions(context: Context) -> None:
 
 
 def _session(context: Context, tool: str, target: str, limit_s: float) -> str:
+    from flamingo_fast.profiling.kernel_work import FORMULAS
+    from flamingo_fast.profiling.profile_report import report
+    from flamingo_fast.profiling.run import LOG
+
     if tool != "torch" and find_program(tool) is None:
         raise Skip(f"missing {tool}")
     out = context.work / re.sub(r"\W", "_", f"{tool}_{target}")
     command = [sys.executable, "-m", _DRIVER, target, "--tool", tool, "--out", str(out)]
+    # Before we end it, so that it can say what the tool said.
+    command += ["--timeout", f"{max(limit_s - 3, 1):.0f}"]
     if context.quick:
         command += ["--steps", "1", "--warmup", "1" if context.on_gpu else "0"]
-    code, output = run_program(command, limit_s)
+    if tool == "ncu":
+        command += ["--kernel", "|".join(FORMULAS), "--launches", str(_LAUNCHES)]
+    code, output = run_shown(command, limit_s)
     if code:
-        raise session_error(code, output)
+        log = out / LOG
+        said = log.read_text(errors="replace") if log.exists() else ""
+        print(said, flush=True)
+        raise session_error(code, f"{said}\n{output}")
     files = [each for each in out.rglob("*") if each.is_file() and each.stat().st_size]
-    if not files:
-        raise AssertionError(f"exit code 0, and no file: {output[-500:]}")
-    largest = max(files, key=lambda each: each.stat().st_size)
-    context.keep(largest, f"{out.name}{''.join(largest.suffixes[-2:])}")
-    from flamingo_fast.profiling.profile_report import report
-
-    found = report([out])
-    return " ".join(found.sections[0].sentences)
+    if tool == "torch" or (tool, target) in _KEPT:
+        largest = max(files, key=lambda each: each.stat().st_size)
+        context.keep(largest, f"{out.name}{''.join(largest.suffixes[-2:])}")
+    return " ".join(report([out]).sections[0].sentences)
 
 
 def session_error(code: int, output: str) -> Exception:

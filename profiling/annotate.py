@@ -50,7 +50,8 @@ def annotate(model: nn.Module, *, backend: str = "nvtx") -> Annotation:
     is given, such as "lm layer 3 (2, 256, 1024)", and " backward" after that of what is the
     backward's; and what `flamingo_fast.ranges.span` marks: "step", "data wait", "dataset m3w",
     "backward", "optimiser", "all-reduce". Nothing that is computed changes. Without a call of this
-    no hook is there.
+    no hook is there. The backward of a part whose output is then changed in place is that of what
+    is around it.
 
     Arguments:
         model: ours or a peer's, patched or not, of which `find_parts` knows parts; of any other
@@ -78,7 +79,7 @@ class _Told(Protocol):
 
 
 class _Nvtx:
-    """Ranges that begin and end in one thread are pushed and popped.
+    """Ranges that begin in the thread that made this are pushed and popped.
 
     Autograd has a thread for each GPU, and what it leaves open ends in the one that called it: a
     range there has a start and an end, which may be anywhere.
@@ -95,10 +96,7 @@ class _Nvtx:
         if attributes is None:
             attributes = self._domain.get_event_attributes(message=name)
             self._attributes[name] = attributes
-        thread = threading.get_ident()
-        if not self._ends:
-            self._home = thread
-        if thread == self._home:
+        if threading.get_ident() == self._home:
             self._domain.push_range(attributes)
             self._ends.append(self._domain.pop_range)
         else:
@@ -132,7 +130,7 @@ def nvtx_domain() -> Any:
         import nvtx
     except ImportError as error:
         raise ImportError(
-            "NVTX ranges need the package nvtx: pip install 'flamingo_fast[profile]'"
+            "nvtx is not installed, and names ranges: pip install 'flamingo_fast[profile]'"
         ) from error
     domain = nvtx.get_domain(DOMAIN)
     # Set by nsys and ncu for the process that they start.

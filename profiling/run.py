@@ -7,24 +7,29 @@ Also without installation, from the repository's root:
 
 import argparse
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from flamingo_fast.profiling.annotate import DOMAIN, nvtx_domain
+from flamingo_fast.profiling.processes import find_program, run_program
 from flamingo_fast.profiling.recorded_session import FILE_NAME
 from flamingo_fast.profiling.session import CAPTURE, TRACE
 from flamingo_fast.profiling.targets import TargetError, check_target
 
 TOOLS = ("nsys", "ncu", "torch")
 REPORT = "report"
+LOG = "log.txt"
 # ncu runs each kernel many times over, once for each group of counters.
 _STEPS = {"nsys": 3, "ncu": 1, "torch": 3}
 _WARMUP = 2
+# One of these has a session beside session.json.
+_WRITTEN = {
+    "nsys": (f"{REPORT}.nsys-rep", f"{REPORT}.qdstrm"),
+    "ncu": (f"{REPORT}.ncu-rep",),
+    "torch": (TRACE,),
+}
 
 
 class SessionError(RuntimeError):
@@ -40,6 +45,7 @@ def run(
     warmup: int = _WARMUP,
     device: str | None = None,
     kernel: str = "",
+    launches: int | None = None,
     timeout_s: float | None = None,
 ) -> Path:
     """A session's folder: session.json, and report.nsys-rep, report.ncu-rep or trace.json.
@@ -52,6 +58,7 @@ def run(
         warmup: steps before these.
         device: by default a GPU, if there is one.
         kernel: of ncu, a regular expression of kernels' names.
+        launches: of ncu, the most that it looks at; each runs dozens of times over.
         timeout_s: seconds that all of it may take.
 
     Raises:
@@ -61,7 +68,7 @@ def run(
         ImportError: nvtx is not installed, and nsys or ncu are to see ranges.
     """
     check_target(target)
-    tool = tool or ("nsys" if _found("nsys") else "torch")
+    tool = tool or ("nsys" if find_program("nsys") else "torch")
     if tool not in TOOLS:
         raise SessionError(f"tool: expected one of {', '.join(TOOLS)}; got {tool!r}")
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -72,7 +79,7 @@ def run(
         nvtx_domain()
     out = default_out(target, tool) if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    for name in (FILE_NAME, TRACE, f"{REPORT}.nsys-rep", f"{REPORT}.qdstrm", f"{REPORT}.ncu-rep"):
+    for name in (FILE_NAME, *(name for names in _WRITTEN.values() for name in names)):
         (out / name).unlink(missing_ok=True)
     session = [
         *(sys.executable, "-m", "flamingo_fast.profiling.session", target),
@@ -80,13 +87,19 @@ def run(
         *("--steps", str(steps or _STEPS[tool]), "--warmup", str(warmup)),
         *(("--device", device) if device else ()),
     ]
-    command = [*tool_command(tool, executable, out, on_gpu=on_gpu, kernel=kernel), *session]
-    _start(command, environment(tool), out, timeout_s)
+    prefix = tool_command(tool, executable, out, on_gpu=on_gpu, kernel=kernel, launches=launches)
+    _start([*prefix, *session], tool, out, timeout_s)
     return out
 
 
 def tool_command(
-    tool: str, executable: str | None, out: Path, *, on_gpu: bool, kernel: str = ""
+    tool: str,
+    executable: str | None,
+    out: Path,
+    *,
+    on_gpu: bool,
+    kernel: str = "",
+    launches: int | None = None,
 ) -> list[str]:
     """The tool's part of the command line."""
     report = str(out / REPORT)
@@ -106,6 +119,7 @@ def tool_command(
             # times are longer than outside of ncu.
             *("--set", "full", "--import-source", "yes", "--clock-control", "base"),
             *(("--kernel-name", f"regex:{kernel}") if kernel else ()),
+            *(("--launch-count", str(launches)) if launches else ()),
             *("--target-processes", "all", "--force-overwrite", "--export", report),
         ]
     return []
@@ -123,40 +137,35 @@ def environment(tool: str) -> dict[str, str]:
     return values
 
 
-def _start(
-    command: list[str], values: Mapping[str, str], out: Path, timeout_s: float | None
-) -> None:
-    log = out / "log.txt"
+def _start(command: list[str], tool: str, out: Path, timeout_s: float | None) -> None:
+    log = out / LOG
     try:
-        with log.open("w") as file:
-            file.write(" ".join(command) + "\n")
+        with log.open("wb") as file:
+            file.write(" ".join(command).encode() + b"\n")
             file.flush()
-            code = subprocess.run(
-                command, env=values, stdout=file, stderr=file, timeout=timeout_s, check=False
-            ).returncode
-    except subprocess.TimeoutExpired:
-        raise SessionError(f"after {timeout_s:.0f} s it was not done; see {log}") from None
+            code = run_program(command, file, limit_s=timeout_s, environment=environment(tool))
+    except TimeoutError as error:
+        raise SessionError(f"{tool}: {error}; see {log}") from None
     if code or not (out / FILE_NAME).exists():
-        *_, last = log.read_text(errors="replace").strip().splitlines()
+        last = log.read_text(errors="replace").strip().splitlines()[-1]
         raise SessionError(f"exit code {code}: {last}; see {log}")
+    if not any((out / name).exists() for name in _WRITTEN[tool]):
+        raise SessionError(f"{tool} wrote no {' or '.join(_WRITTEN[tool])}; see {log}")
 
 
 def find_tool(tool: str) -> str:
-    """Path of nsys or ncu: $FLAMINGO_FAST_NSYS or $FLAMINGO_FAST_NCU, or in $PATH.
+    """Path of nsys or ncu: $FLAMINGO_FAST_NSYS or $FLAMINGO_FAST_NCU, in $PATH or $CUDA_HOME/bin.
 
     Raises:
         SessionError: it is not there.
     """
-    found = _found(tool)
+    found = find_program(tool)
     if found is None:
         raise SessionError(
-            f"tool: {tool} is neither in $PATH nor ${_variable(tool)}; --tool torch needs none"
+            f"tool: {tool} is not in $PATH, in $CUDA_HOME/bin or ${_variable(tool)}; --tool torch "
+            "needs none"
         )
     return found
-
-
-def _found(tool: str) -> str | None:
-    return shutil.which(os.environ.get(_variable(tool)) or tool)
 
 
 def _variable(tool: str) -> str:
@@ -183,6 +192,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=_WARMUP)
     parser.add_argument("--device")
     parser.add_argument("--kernel", default="")
+    parser.add_argument("--launches", type=int)
     parser.add_argument("--timeout", type=float, dest="timeout_s")
     given = vars(parser.parse_args(arguments))
     try:

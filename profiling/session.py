@@ -127,7 +127,7 @@ def _ceilings(device: torch.device) -> dict[str, Any] | None:
     if gpu is None:
         return None
     return {
-        "gb_s": gpu.bandwidth,
+        "gb_s": gpu.bandwidth_of(name),
         "fp32_tflop_s": gpu.vector,
         "matmul_tflop_s": gpu.matmul,
         "source": gpu.source,

@@ -30,21 +30,13 @@ from flamingo_fast.profiling.tune_search import (
 )
 
 Result = dict[str, Any]
+# Why a case was skipped that nothing is wrong with.
+BUDGET_ENDED = "the budget ended"
 
 _FULL = Effort(steps=3, candidates=24, seconds=0.3, rounds=15)
 _QUICK = Effort(steps=1, candidates=4, seconds=0.1, rounds=15)
 # The interpreter's times mean nothing: a few will do to run all that a GPU will run.
 _TINY = Effort(steps=1, candidates=2, seconds=0.0, rounds=2)
-
-
-def run_tuning(
-    device: str | torch.device,
-    quick: bool,
-    out_dir: str | Path | None,
-    budget_s: float | None,
-) -> Result:
-    """Tunes all ops and writes their file after each; see `tune`."""
-    return tune(device, quick=quick, out_dir=out_dir, budget_s=budget_s)
 
 
 def tune(
@@ -167,7 +159,7 @@ class _Session:
         search: CaseSearch | None = None
         for op in ops:
             if time.monotonic() >= self._deadline:
-                self._skip(op, case, dtype, "the budget ended")
+                self._skip(op, case, dtype, BUDGET_ENDED)
                 continue
             # A failure, of memory too, is this op's alone.
             try:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from fresh_venv import ROOT
 
-from flamingo_fast.profiling import accept, accept_results, accept_stages
+from flamingo_fast.profiling import accept, accept_bench, accept_results, accept_stages, tune
+from flamingo_fast.profiling.accept_context import Context
 from flamingo_fast.profiling.accept_report import page, text_table
 from flamingo_fast.profiling.accept_results import Check, Folder, Results, ResultsError, StageResult
 from flamingo_fast.profiling.accept_stages import STAGES, Stage
 from flamingo_fast.profiling.accept_tools import Skip, judge_sanitizer, session_error
+from flamingo_fast.profiling.annotate import nvtx_domain
+from flamingo_fast.profiling.processes import run_program
 
 # Imports take seconds of it.
 _LIMITS = {"hangs": 15.0}
@@ -314,6 +317,7 @@ _RACES = "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
         (0, "ERROR SUMMARY: 0 errors", '"failed"' + _DONE, AssertionError),
         (0, "", _DONE, AssertionError),
         (1, "Error: Device not supported", "", Skip),
+        (99, "Warning: Unable to open x\nERROR SUMMARY: 3 errors", _DONE, AssertionError),
     ],
 )
 def test_what_compute_sanitizer_says(
@@ -326,12 +330,63 @@ def test_what_compute_sanitizer_says(
             judge_sanitizer(code, output, told, with_tool=True)
 
 
+def test_a_session_without_nvtx_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with pytest.raises(ImportError) as missing:
+        nvtx_domain()
+    error = session_error(2, f"profile run: {missing.value}")
+    assert type(error) is Skip and "missing nvtx" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("entries", "skipped", "passes"),
+    [
+        ([{"op": "a"}], [], True),
+        ([{"op": "a"}], [tune.BUDGET_ENDED], True),
+        ([{"op": "a"}], ["RuntimeError: no"], False),
+        ([], [tune.BUDGET_ENDED], False),
+    ],
+)
+def test_what_tuning_has_to_find(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    entries: list[dict],
+    skipped: list[str],
+    passes: bool,
+) -> None:
+    def stand_in(device: object, *, out_dir: Path, **options: object) -> dict:
+        (out_dir / "tuned-GPU.json").write_text("{}")
+        return {"entries": entries, "skipped": [{"op": "b", "reason": each} for each in skipped]}
+
+    monkeypatch.setattr(tune, "tune", stand_in)
+    context = Context(
+        torch.device("cpu"), True, tmp_path, tmp_path / "events", time.monotonic() + 60
+    )
+    accept_bench.tuning(context)
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    (check,) = [each for each in events if each["kind"] == "check"]
+    assert (check["status"] == "passed") is passes
+    assert [each["name"] for each in events if each["kind"] == "file"] == ["tuned-GPU.json"]
+
+
+def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with (tmp_path / "log").open("wb") as log, pytest.raises(TimeoutError, match="within 2 s"):
+        run_program([sys.executable, "-c", parent], log, limit_s=2.0)
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    # Where it was ended nobody may have asked for its exit code yet.
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @pytest.mark.parametrize(
     ("output", "kind", "text"),
     [
         ("ModuleNotFoundError: No module named 'nvtx'", Skip, "missing nvtx"),
         ("No module named 'flamingo_fast.profiling.x'", AssertionError, "exit code 1"),
         ("timm is not installed: pip install", Skip, "missing timm"),
+        ("==ERROR== ERR_NVGPUCTRPERM - no\nNo kernels were profiled.", Skip, "ERR_NVGPUCTRPERM"),
         ("==ERROR== ERR_NVGPUCTRPERM - no", Skip, "ERR_NVGPUCTRPERM"),
         ("Segmentation fault", AssertionError, "Segmentation fault"),
     ],

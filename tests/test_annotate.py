@@ -176,7 +176,7 @@ def test_off_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in registrations:
         monkeypatch.setattr(nn.Module, name, _counted(getattr(nn.Module, name), calls))
     monkeypatch.setattr(torch.Tensor, "register_hook", _counted(torch.Tensor.register_hook, calls))
-    monkeypatch.setattr(ranges._Mark, "apply", _counted(ranges._Mark.apply, calls))
+    monkeypatch.setattr(ranges, "_mark", _counted(ranges._mark, calls))
     monkeypatch.setattr(ranges.Ranges, "begin", _counted(ranges.Ranges.begin, calls))
     step()
     assert calls == []
@@ -184,7 +184,7 @@ def test_off_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotation, "nvtx_domain", Domain)
     with annotate(step.train_step.model):
         step()
-    assert {"register_forward_hook", "begin", "apply"} <= set(calls)
+    assert {"register_forward_hook", "begin", "_mark"} <= set(calls)
 
 
 def _counted(function: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
@@ -246,13 +246,51 @@ def test_what_begins_in_another_thread_may_end_in_any(domain: Domain) -> None:
     """As in the backward on a GPU."""
     told = annotation._Nvtx()
     told.push("step")
-    thread = threading.Thread(target=told.push, args=("lm backward",))
-    thread.start()
-    thread.join()
-    assert domain.lines == ["step"] and len(domain.open) == 1
-    told.pop()
-    assert not domain.open and domain.depth == 1
-    told.pop()
+    for depth in (1, 0):
+        # The second time nothing is open that was pushed.
+        thread = threading.Thread(target=told.push, args=("lm backward",))
+        thread.start()
+        thread.join()
+        assert domain.lines == ["step"] and len(domain.open) == 1
+        told.pop()
+        assert not domain.open and domain.depth == depth
+        if depth == 1:
+            told.pop()
+
+
+class InPlace(nn.Module):
+    """Changes what its layer was given and returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity(), Changes(), nn.Linear(3, 3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        for layer in self.layers:
+            x = layer(x)
+            x += 1
+        return x.relu_()
+
+
+class Changes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(3).sin()
+
+
+def test_operations_in_place_compute_the_same(domain: Domain) -> None:
+    model = InPlace()
+    found = []
+    for is_on in (False, True):
+        x = torch.linspace(-1, 1, 6).view(2, 3).requires_grad_()
+        with annotate(model) if is_on else contextlib.nullcontext():
+            out = model(x)
+            with span("backward"):
+                out.square().sum().backward()
+        found.append((out, x.grad))
+    assert all(map(torch.equal, *found))
+    # What a layer returned and somebody changed doesn't tell of its backward.
+    assert domain.names[-2:] == ["backward", "model (2, 3) backward"]
 
 
 def test_of_the_torch_profiler() -> None:

@@ -31,6 +31,9 @@ import json, os, subprocess, sys
 names = ("PYTHONPATH", "NSYS_NVTX_PROFILER_REGISTER_ONLY")
 called = {{"arguments": sys.argv[1:], **{{name: os.environ.get(name) for name in names}}}}
 open({file!r}, "w").write(json.dumps(called))
+report = next((each for each in sys.argv if each.startswith("--output=")), None)
+if report and not os.environ.get("WRITES_NOTHING"):
+    open(report.partition("=")[2] + ".qdstrm", "w").write("recorded")
 start = next(i for i, each in enumerate(sys.argv) if os.path.basename(each).startswith("python"))
 sys.exit(subprocess.call(sys.argv[start:]))
 """
@@ -120,18 +123,25 @@ def test_ncu_is_started_so(
     called, out = fake("ncu"), tmp_path / "out"
     if by_script:
         script = [str(ROOT / "profiling" / "ncu.sh"), str(out), OP, "--device", "cpu"]
-        values = {**os.environ, "PYTHON": sys.executable, "NCU_ARGS": "--kernel-name regex:relu"}
+        values = {
+            **os.environ,
+            "PYTHON": sys.executable,
+            "NCU_ARGS": "--kernel-name regex:relu --launch-count 6",
+        }
         subprocess.run(script, check=True, env=values, timeout=120)
         arguments = called()["arguments"]
     else:
         program = profile_run.find_tool("ncu")
-        command = profile_run.tool_command("ncu", program, out, on_gpu=True, kernel="relu")
+        command = profile_run.tool_command(
+            "ncu", program, out, on_gpu=True, kernel="relu", launches=6
+        )
         arguments = command[1:]
     line = " ".join(arguments)
     for flags in (
         "--nvtx --nvtx-include flamingo_fast@capture",
         "--set full --import-source yes --clock-control base",
         "--kernel-name regex:relu",
+        "--launch-count 6",
         f"--export {out / 'report'}",
     ):
         assert flags in line, flags
@@ -152,7 +162,7 @@ def test_ncu_is_started_so(
         (("open_flamingo.train:half",), "expected a version of patched, unpatched; got 'half'"),
         ((OP, "--tool", "vtune"), "expected one of nsys, ncu, torch; got 'vtune'"),
         ((OP, "--tool", "ncu", "--device", "cpu"), "ncu measures kernels of a GPU"),
-        ((OP, "--tool", "nsys"), "nsys is neither in $PATH nor $FLAMINGO_FAST_NSYS"),
+        ((OP, "--tool", "nsys"), "nsys is not in $PATH"),
     ],
 )
 def test_mistakes(
@@ -184,8 +194,18 @@ def test_a_target_that_fails_says_so(
     assert f"see {out / 'log.txt'}" in said and "exit code" in said
 
 
+def test_a_tool_that_records_nothing_is_a_failure(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nvtx")
+    fake("nsys")
+    monkeypatch.setenv("WRITES_NOTHING", "1")
+    with pytest.raises(profile_run.SessionError, match="nsys wrote no report.nsys-rep or report"):
+        profile_run.run(OP, tool="nsys", out=tmp_path, device="cpu", steps=1, warmup=0)
+
+
 def test_it_ends_after_its_time(tmp_path: Path) -> None:
-    with pytest.raises(profile_run.SessionError, match="after 0 s it was not done"):
+    with pytest.raises(profile_run.SessionError, match="torch: not done within 0 s"):
         profile_run.run(OP, tool="torch", out=tmp_path, device="cpu", timeout_s=0.05)
 
 

@@ -302,8 +302,8 @@ def test_a_broken_file_is_written_anew(cache):
     assert json.loads(Path(result["file"]).read_text())["schema"] == tuned.SCHEMA
 
 
-def test_run_tuning_is_all_of_it(tmp_path):
-    result = tune.run_tuning("cpu", True, tmp_path / "new" / "folder", 0)
+def test_a_budget_of_nothing_leaves_a_file(tmp_path):
+    result = tune.tune("cpu", quick=True, out_dir=tmp_path / "new" / "folder", budget_s=0)
     assert len(result["skipped"]) == sum(len(case.ops) for case in TINY_CASES)
     assert Path(result["file"]).is_file()
     json.dumps(result)

@@ -35,6 +35,9 @@ def run(
     kernel: Annotated[
         str, typer.Option(help="Of ncu: only kernels whose name this regular expression matches.")
     ] = "",
+    launches: Annotated[
+        int | None, typer.Option(min=1, help="Of ncu: the most that it looks at. Default: all.")
+    ] = None,
 ) -> None:
     """Record a few steps of something with a profiler, with named ranges.
 
@@ -54,6 +57,7 @@ def run(
             warmup=warmup,
             device=device,
             kernel=kernel,
+            launches=launches,
         )
     except (TargetError, SessionError) as error:
         raise typer.BadParameter(str(error)) from error
