@@ -243,12 +243,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_interrupted(tmp_path: Path) -> None:
     """SIGTERM: what was told by then is there, and no process is left."""
     program = f"""
-import sys, signal
+import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from flamingo_fast.profiling import accept
 from flamingo_fast.profiling.accept_stages import Stage
-signal.signal(signal.SIGTERM, accept._interrupt)
 stage = Stage("hangs", "", "accept_planted:hangs", 60)
 sys.exit(accept.accept(device="cpu", quick=True, out=Path({str(tmp_path)!r}), known=[stage]))
 """
@@ -375,9 +374,13 @@ def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> No
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with (tmp_path / "log").open("wb") as log, pytest.raises(TimeoutError, match="within 2 s"):
         run_program([sys.executable, "-c", parent], log, limit_s=2.0)
-    state = Path(f"/proc/{pid.read_text()}/stat")
-    # Where it was ended nobody may have asked for its exit code yet.
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    status = Path(f"/proc/{pid.read_text()}/stat")
+    for _ in range(100):
+        # It ends a little later, and stays while nobody asks for its exit code.
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs")
 
 
 @pytest.mark.parametrize(
