@@ -137,27 +137,45 @@ def _mark(tensor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
 
 def _marked(values: Any, call: Callable[[], None]) -> Any:
     """`values`, in which tensors with gradients call `call` in the backward."""
+    return _mapped(values, call) if torch.is_grad_enabled() else values
 
-    def mark(value: Any) -> Any:
-        if _has_gradient(value):
-            return _mark(value, call)
-        # What a language model of ours returns. Others, such as layouts, keep what they have made.
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-            marked = {name: mark(each) for name, each in fields.items() if _has_gradient(each)}
-            return dataclasses.replace(value, **marked) if marked else value
+
+def _mapped(value: Any, call: Callable[[], None]) -> Any:
+    # The pytree module's tree_map takes ten times as long for these.
+    if isinstance(value, torch.Tensor):
+        return _mark(value, call) if value.requires_grad else value
+    kind = type(value)
+    if value is None or kind in _PLAIN:
         return value
+    if kind is tuple or kind is list:
+        return kind([_mapped(each, call) for each in value])
+    if kind is dict:
+        return {name: _mapped(each, call) for name, each in value.items()}
+    # What a language model of ours returns. Others, such as layouts, keep what they have made.
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        marked = {name: _mark(each, call) for name, each in fields.items() if _has_gradient(each)}
+        return dataclasses.replace(value, **marked) if marked else value
+    # Such as transformers' outputs.
+    return tree_map(lambda each: _mark(each, call) if _has_gradient(each) else each, value)
 
-    return tree_map(mark, values)
+
+_PLAIN = (bool, int, float, str)
 
 
-def _with_shape(name: str, given: Any) -> str:
-    first = next((each for each in tree_leaves(given) if isinstance(each, torch.Tensor)), None)
+def _with_shape(name: str, given: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    args, kwargs = given
+    values = (*args, *kwargs.values())
+    # Nearly always the first one is a tensor.
+    first = next((each for each in values if isinstance(each, torch.Tensor)), None)
+    if first is None:
+        leaves = (each for each in tree_leaves(values) if isinstance(each, torch.Tensor))
+        first = next(leaves, None)
     return name if first is None else f"{name} {tuple(first.shape)}"
 
 
 def _has_gradient(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 _NOBODY: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
