@@ -37,9 +37,16 @@ _GRACE_S = 5.0
 _MAX_LOG_OF_STAGE = MAX_LOG // 10
 
 
-def environment(device: torch.device, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Of a stage's process: `base`, by default this one's, without what would change timings."""
+def environment(
+    device: torch.device, tuned: Path, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Of a stage's process: `base`, by default this one's, without what would change timings.
+
+    Arguments:
+        tuned: a folder where kernels look for what tuning found, and nowhere else.
+    """
     values = dict(os.environ if base is None else base)
+    values["FLAMINGO_FAST_CACHE"] = str(tuned.absolute())
     # Launches that wait for each other can't be captured, and have other times.
     values.pop("CUDA_LAUNCH_BLOCKING", None)
     # Triton decides at import; a test's setting would interpret kernels beside a GPU.
@@ -132,7 +139,7 @@ class _StageRun:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(shard.device),
+                env=environment(shard.device, self.folder.path),
                 # A group of its own: what it starts ends with it.
                 start_new_session=True,
             )

@@ -33,7 +33,11 @@ _WRITTEN = {
 
 
 class SessionError(RuntimeError):
-    """The session can't be had, or failed; the message says why."""
+    """There is no session; the message says why."""
+
+
+class FailedSessionError(SessionError):
+    """The tool or the target was started, and failed."""
 
 
 def run(
@@ -63,7 +67,7 @@ def run(
 
     Raises:
         TargetError: a name that is no target.
-        SessionError: the tool isn't there, or it or the target failed.
+        SessionError: the tool isn't there; FailedSessionError: it or the target failed.
         OSError: `out` can't be written.
         ImportError: nvtx is not installed, and nsys or ncu are to see ranges.
     """
@@ -145,12 +149,12 @@ def _start(command: list[str], tool: str, out: Path, timeout_s: float | None) ->
             file.flush()
             code = run_program(command, file, limit_s=timeout_s, environment=environment(tool))
     except TimeoutError as error:
-        raise SessionError(f"{tool}: {error}; see {log}") from None
+        raise FailedSessionError(f"{tool}: {error}; see {log}") from None
     if code or not (out / FILE_NAME).exists():
         last = log.read_text(errors="replace").strip().splitlines()[-1]
-        raise SessionError(f"exit code {code}: {last}; see {log}")
+        raise FailedSessionError(f"exit code {code}: {last}; see {log}")
     if not any((out / name).exists() for name in _WRITTEN[tool]):
-        raise SessionError(f"{tool} wrote no {' or '.join(_WRITTEN[tool])}; see {log}")
+        raise FailedSessionError(f"{tool} wrote no {' or '.join(_WRITTEN[tool])}; see {log}")
 
 
 def find_tool(tool: str) -> str:
@@ -183,7 +187,7 @@ def default_out(target: str, tool: str) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what the arguments say; returns the exit code."""
+    """Runs what the arguments say; returns the exit code: 1 a failed session, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="python -m flamingo_fast.profiling.run")
     parser.add_argument("target")
     parser.add_argument("--tool", choices=TOOLS)
@@ -199,7 +203,8 @@ def main(arguments: list[str]) -> int:
         print(run(given.pop("target"), **given))
     except (TargetError, SessionError, ImportError, OSError) as error:
         print(f"profile run: {error}", file=sys.stderr)
-        return 2
+        is_usage = isinstance(error, (TargetError, SessionError))
+        return 2 if is_usage and not isinstance(error, FailedSessionError) else 1
     return 0
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 from flamingo_fast.profiling.accept_context import Context, OutOfTimeError
 
@@ -13,6 +14,8 @@ def passes(context: Context) -> None:
     context.not_exercised("a GPU")
     for name, expected in (("TRITON_INTERPRET", "1"), ("CUDA_LAUNCH_BLOCKING", None)):
         context.check(name, os.environ.get(name) == expected, str(os.environ.get(name)))
+    # Where tuning's file is kept, kernels look for it in the stages after it.
+    context.check("tuned", Path(os.environ["FLAMINGO_FAST_CACHE"], "results.json").exists())
     try:
         with context.limit(0.2):
             time.sleep(60)

@@ -101,7 +101,7 @@ def test_no_stage_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # Of the hang, where it was.
     assert "in hangs" in log
     assert found["passes"].environment["torch"] == torch.__version__
-    assert len(found["passes"].checks) == 4
+    assert len(found["passes"].checks) == 5
     assert found["passes"].tables[0].rows == [["shards", "1"]]
     text = text_table(Results.from_dict(json.loads((out / "results.json").read_text())))
     assert "FAILED fails: wrong: ZeroDivisionError" in text

@@ -189,7 +189,7 @@ def test_a_target_that_fails_says_so(
     monkeypatch.setenv("COLUMNS", "400")
     out = tmp_path / "out"
     arguments = (OP, "--tool", "nsys", "--out", str(out), "--device", "cuda:7")
-    assert _command(monkeypatch, *arguments) == 2
+    assert _command(monkeypatch, *arguments) == 1
     said = capsys.readouterr().err
     assert f"see {out / 'log.txt'}" in said and "exit code" in said
 
@@ -200,12 +200,14 @@ def test_a_tool_that_records_nothing_is_a_failure(
     pytest.importorskip("nvtx")
     fake("nsys")
     monkeypatch.setenv("WRITES_NOTHING", "1")
-    with pytest.raises(profile_run.SessionError, match="nsys wrote no report.nsys-rep or report"):
+    with pytest.raises(
+        profile_run.FailedSessionError, match="nsys wrote no report.nsys-rep or report"
+    ):
         profile_run.run(OP, tool="nsys", out=tmp_path, device="cpu", steps=1, warmup=0)
 
 
 def test_it_ends_after_its_time(tmp_path: Path) -> None:
-    with pytest.raises(profile_run.SessionError, match="torch: not done within 0 s"):
+    with pytest.raises(profile_run.FailedSessionError, match="torch: not done within 0 s"):
         profile_run.run(OP, tool="torch", out=tmp_path, device="cpu", timeout_s=0.05)
 
 

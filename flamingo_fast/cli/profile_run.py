@@ -42,9 +42,9 @@ def run(
     """Record a few steps of something with a profiler, with named ranges.
 
     nsys and ncu are looked for in $PATH, or are what $FLAMINGO_FAST_NSYS and $FLAMINGO_FAST_NCU
-    say. Exits with 2 if the target is none or the tool isn't there or fails.
+    say. Exits with 1 if the tool or the target fails, 2 if there is no such target or tool.
     """
-    from flamingo_fast.profiling.run import SessionError
+    from flamingo_fast.profiling.run import FailedSessionError, SessionError
     from flamingo_fast.profiling.run import run as run_tool
     from flamingo_fast.profiling.targets import TargetError
 
@@ -59,6 +59,9 @@ def run(
             kernel=kernel,
             launches=launches,
         )
+    except FailedSessionError as error:
+        typer.echo(f"profile run: {error}", err=True)
+        raise typer.Exit(1) from None
     except (TargetError, SessionError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"{found}; flamingo-fast profile report {found} says what is in it")
