@@ -392,7 +392,8 @@ def test_text_model_alone_with_a_dense_mask() -> None:
 
 class _EditedAttention(transformers.models.mllama.modeling_mllama.MllamaTextCrossAttention):
     def forward(self, hidden_states, **kwargs):  # type: ignore[override]
-        return hidden_states, None
+        # As they are, gated and added to what they are the norm of, they would cancel it.
+        return hidden_states.flip(-1), None
 
 
 def test_attention_of_other_code_keeps_the_dense_mask() -> None:
