@@ -16,6 +16,8 @@ from flamingo_fast.kernels.launch import Launch, Target, recording
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.testing.guard import LaunchRecord, guard
 
+pytestmark = pytest.mark.matrix
+
 HEAD_DIM = NUM_KEYS = 64
 BF16_BYTES = 2
 SLOTS = 264  # Two blocks on each of the 132 multiprocessors of an H100.

@@ -4,6 +4,8 @@ import pytest
 import torch
 from op_cases import OPS, Case, check
 
+pytestmark = pytest.mark.matrix
+
 CASES = [
     Case((63, 130)),
     Case((2, 7, 48), vector_gate=True),

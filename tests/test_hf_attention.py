@@ -11,6 +11,8 @@ from flamingo_fast.testing import peers
 from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gradients
 from flamingo_fast.testing.inputs import random_tensor
 
+pytestmark = pytest.mark.matrix
+
 IMAGE, EOS, TEXT = 7, 2, 5
 # Of the image states; the text's are wider.
 IMAGE_DIM = 24

@@ -13,6 +13,8 @@ from flamingo_fast.kernels.launch import Target, recording
 from flamingo_fast.ops import latent_attention as op
 from flamingo_fast.testing.guard import guard
 
+pytestmark = pytest.mark.matrix
+
 FORWARD, SPLIT_FORWARD = ["_latent_fwd_kernel"], ["_latent_fwd_kernel", "_combine_splits_kernel"]
 ONE_PASS, TWO_PASSES = ["_latent_bwd_kernel"], ["_latent_bwd_kernel", "_latent_dkv_kernel"]
 SPLIT_ONE_PASS = ["_latent_bwd_kernel", "_sum_splits_kernel"]

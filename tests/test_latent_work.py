@@ -11,6 +11,8 @@ from flamingo_fast.bench.latent_kernel_work import Attention
 from flamingo_fast.kernels.launch import Launch, Target, recording
 from flamingo_fast.testing.guard import LaunchRecord, guard
 
+pytestmark = pytest.mark.matrix
+
 NAMES = ("q", "k_media", "v_media", "k_latents", "v_latents")
 PASSES = {
     "_latent_fwd_kernel": "forward",

@@ -4,6 +4,8 @@ import pytest
 import torch
 from op_cases import OPS, Case, check
 
+pytestmark = pytest.mark.matrix
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 PLAIN = [

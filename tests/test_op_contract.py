@@ -17,6 +17,8 @@ from flamingo_fast.kernels.launch import Target, recording
 from flamingo_fast.testing.compare import outputs_and_gradients
 from flamingo_fast.testing.guard import guard
 
+pytestmark = pytest.mark.matrix
+
 IMPLS = ["torch", "triton"]
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 every_impl = pytest.mark.parametrize("impl", IMPLS)

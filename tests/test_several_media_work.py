@@ -12,6 +12,8 @@ from flamingo_fast.kernels.launch import Launch, Target, recording
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.testing.guard import LaunchRecord, guard
 
+pytestmark = pytest.mark.matrix
+
 PASSES = {
     "_several_media_fwd_kernel": "forward",
     "_combine_splits_kernel": "forward",

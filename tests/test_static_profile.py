@@ -31,6 +31,8 @@ from flamingo_fast.profiling.roofline_table import as_json, render
 from flamingo_fast.testing.aot import PlannedCompile, Rules
 from flamingo_fast.testing.guard import guard
 
+pytestmark = pytest.mark.matrix
+
 CPU = torch.device("cpu")
 H100 = Target("sm_90", 132)
 FULL = {gpu.name: gpu for gpu in GPUS}["H100"]

@@ -150,6 +150,7 @@ def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("model", {"preset": "x"}, "model.preset: expected one of flamingo-3b"),
         ("model", {"preset": "flamingo-mini", "folder": "x"}, "model: expected one of preset and"),
         ("tokenizer", "./absent", "tokenizer: ./absent can't be loaded: there is no such file"),
+        ("tokenizer", "a/tokenizer.json", "can't be loaded: there is no such file"),
         ("image_token", "<EOC>", "eoc_token: expected another than image_token"),
         ("datasets.0.shards", ["absent.tar"], "datasets.pages.shards: "),
         ("datasets.0.max_tokens", 2, "datasets.pages.max_tokens: expected at least"),

@@ -15,6 +15,8 @@ from flamingo_fast.kernels.norm_backward import backward_config
 from flamingo_fast.kernels.norm_forward import forward_config
 from flamingo_fast.testing.guard import LaunchRecord, guard
 
+pytestmark = pytest.mark.matrix
+
 BF16 = torch.bfloat16
 
 

@@ -117,8 +117,9 @@ def load_tokenizer(name: str) -> Any:
     try:
         if path.is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-        # By the name of a folder that isn't there a hub would be asked.
-        if not path.is_dir() and (path.is_absolute() or name.startswith(".")):
+        # By the name of a folder or file that isn't there a hub would be asked, again and again.
+        is_path = path.is_absolute() or name.startswith(".") or path.suffix == ".json"
+        if is_path and not path.is_dir():
             raise FileNotFoundError("there is no such file or folder")
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=path.is_dir())
     # Of broken files it raises all kinds.
