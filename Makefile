@@ -8,6 +8,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # The goldens' (kernels/goldens), in place of the one that PyTorch brings. It only compiles here, or
 # interprets. `TRITON=` leaves PyTorch's.
 TRITON ?= triton==3.9.0
+TRANSFORMERS ?= transformers
 # What we compare with, without what they require: another PyTorch or Triton, which would replace
 # ours. Of xformers only the masks work on a CPU; they are an oracle of the tests. Liger's patch of
 # transformers' models meets ours.
@@ -22,7 +23,7 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PEERS)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(TRANSFORMERS) $(PEERS)' | cksum | cut -d' ' -f1)
 OTHER := $(VENV)-transformers-$(VERSION)
 OTHER_PIP := $(OTHER)/bin/python -m pip --disable-pip-version-check -qq
 
@@ -33,7 +34,7 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 ifndef BESIDE
 .NOTPARALLEL:
 endif
-.PHONY: check lint test test-transformers test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
+.PHONY: check lint test test-transformers test-lowest test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
 # First what is one process each, two at a time; then what takes all cores.
 check: $(STAMP) $(OTHER)/.installed
@@ -49,6 +50,11 @@ test: $(STAMP)
 test-transformers: $(OTHER)/.installed
 	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
 	  $(filter-out %_bench.py,$(wildcard tests/test_patch*.py)) $(TEST_ARGS))
+
+# The oldest of all three that are supported, in an environment of its own: a job beside `check`.
+test-lowest:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest TORCH='torch==2.11.0 torchvision==0.26.0' \
+	  TRITON=triton==3.6.0 TRANSFORMERS=transformers==$(VERSION) test
 
 # Nsight Systems from Debian, unpacked beside; with it comes a libcuda that has no driver. Where it
 # can't be had the reason is printed, and that is all.
@@ -118,7 +124,7 @@ $(STAMP): pyproject.toml setup.py
 	@set -e; start=$$(date +%s); echo "install: $(TORCH) and the dev extra into $(VENV) ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(PIP) install --no-warn-conflicts 'pip>=22.3' $(TORCH); \
-	$(PIP) install -e '.[dev]' $(TORCH); \
+	$(PIP) install -e '.[dev]' $(TORCH) $(TRANSFORMERS); \
 	$(PIP) install --no-deps $(PEERS); \
 	if [ -n "$(TRITON)" ] && [ "$$(uname -s)" = Linux ]; then $(PIP) install --no-deps $(TRITON); fi; \
 	rm -f $(VENV)/.installed-*; touch $@; \
@@ -141,4 +147,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-transformers-*
+	rm -rf .venv .venv-*
