@@ -34,7 +34,7 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 ifndef BESIDE
 .NOTPARALLEL:
 endif
-.PHONY: check lint test test-transformers test-lowest test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
+.PHONY: check lint test coverage test-transformers test-lowest test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
 # First what is one process each, two at a time; then what takes all cores.
 check: $(STAMP) $(OTHER)/.installed
@@ -46,6 +46,11 @@ lint: $(STAMP)
 
 test: $(STAMP)
 	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
+
+# Lines that `make test` runs, in its processes too: fails under 90 %.
+coverage: $(STAMP)
+	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) --cov --cov-report=term \
+	  --cov-report=html:build/coverage $(TEST_ARGS))
 
 test-transformers: $(OTHER)/.installed
 	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
