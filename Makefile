@@ -8,7 +8,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # The goldens' (kernels/goldens), in place of the one that PyTorch brings. It only compiles here, or
 # interprets. `TRITON=` leaves PyTorch's.
 TRITON ?= triton==3.9.0
-TRANSFORMERS ?= transformers
+# More that is to have a certain version.
+PINS ?=
 # What we compare with, without what they require: another PyTorch or Triton, which would replace
 # ours. Of xformers only the masks work on a CPU; they are an oracle of the tests. Liger's patch of
 # transformers' models meets ours.
@@ -23,7 +24,7 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(TRANSFORMERS) $(PEERS)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PINS) $(PEERS)' | cksum | cut -d' ' -f1)
 OTHER := $(VENV)-transformers-$(VERSION)
 OTHER_PIP := $(OTHER)/bin/python -m pip --disable-pip-version-check -qq
 
@@ -57,9 +58,10 @@ test-transformers: $(OTHER)/.installed
 	  $(filter-out %_bench.py,$(wildcard tests/test_patch*.py)) $(TEST_ARGS))
 
 # The oldest of all three that are supported, in an environment of its own: a job beside `check`.
+# Triton 3.6's interpreter makes scalars of arrays as NumPy 2.4 refuses to.
 test-lowest:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest TORCH='torch==2.11.0 torchvision==0.26.0' \
-	  TRITON=triton==3.6.0 TRANSFORMERS=transformers==$(VERSION) test
+	  TRITON=triton==3.6.0 PINS='transformers==$(VERSION) numpy==2.3.5' test
 
 # Nsight Systems from Debian, unpacked beside; with it comes a libcuda that has no driver. Where it
 # can't be had the reason is printed, and that is all.
@@ -129,7 +131,7 @@ $(STAMP): pyproject.toml setup.py
 	@set -e; start=$$(date +%s); echo "install: $(TORCH) and the dev extra into $(VENV) ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(PIP) install --no-warn-conflicts 'pip>=22.3' $(TORCH); \
-	$(PIP) install -e '.[dev]' $(TORCH) $(TRANSFORMERS); \
+	$(PIP) install -e '.[dev]' $(TORCH) $(PINS); \
 	$(PIP) install --no-deps $(PEERS); \
 	if [ -n "$(TRITON)" ] && [ "$$(uname -s)" = Linux ]; then $(PIP) install --no-deps $(TRITON); fi; \
 	rm -f $(VENV)/.installed-*; touch $@; \
