@@ -31,15 +31,20 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test test-transformers test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
+.PHONY: check lint test test-transformers test-nsys accept-cpu verify verify-collected bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
-check: lint test test-transformers test-nsys accept-cpu
+check: lint test test-transformers test-nsys accept-cpu verify-collected
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
 
+# How tests ended, for verify-collected.
+JUNIT := build/junit
+
 test: $(STAMP)
-	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
+	@rm -rf $(JUNIT)
+	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
+	  --junitxml $(JUNIT)/test.xml $(TEST_ARGS))
 
 test-transformers: $(OTHER)/.installed
 	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
@@ -51,7 +56,18 @@ NSYS := build/nsys
 
 test-nsys: $(STAMP)
 	$(call timed,$@,profiling/install_nsys.sh $(NSYS) || test $$? = 3 && { test ! -f $(NSYS)/env || \
-	  { . $(NSYS)/env && $(BIN)/python -m pytest -q tests/test_nsys.py $(TEST_ARGS); }; })
+	  { . $(NSYS)/env && $(BIN)/python -m pytest -q --junitxml $(JUNIT)/nsys.xml tests/test_nsys.py \
+	    $(TEST_ARGS); }; })
+
+# Every promise of docs/promises beside what shows it, whose tests run: nearly all of them. The
+# second takes what `make test` found, in seconds.
+VERIFY_ARGS ?=
+
+verify: $(STAMP)
+	$(call timed,$@,$(BIN)/flamingo-fast verify $(VERIFY_ARGS) -- -n auto --sample $(TEST_SAMPLE))
+
+verify-collected: $(STAMP)
+	$(call timed,$@,$(BIN)/flamingo-fast verify --junit $(JUNIT) $(VERIFY_ARGS))
 
 # Table 3 at a small scale and one case of each family: a quarter of an hour on 2 cores.
 bench: $(STAMP)
