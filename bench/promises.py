@@ -24,7 +24,7 @@ from typing import Any
 from flamingo_fast.models.extras import require
 
 KINDS = {
-    "test": "tests that pass, or a command that exits with 0",
+    "test": "tests that pass, a command that exits with 0, or a file that has it",
     "measured": "numbers, in a file that says on what",
     "predicted": "a model's numbers, by code that tests hold to its formulas",
     "rehearsed": "run on a CPU in place of the machine that it is for",
@@ -169,9 +169,9 @@ def _lacks(promise: Promise) -> str:
     """What evidence of this kind can't do without, if it does."""
     if promise.kind == "measured":
         return "" if any(each.file for each in promise.evidence) else "a file with its numbers"
-    if any(each.test or each.command for each in promise.evidence):
-        return ""
-    return "a test or a command, got files alone"
+    if promise.kind in ("predicted", "rehearsed") and all(each.file for each in promise.evidence):
+        return "a test or a command, got files alone"
+    return ""
 
 
 def check(promises: Iterable[Promise], root: Path, unknown: Callable[[Sequence[str]], str]) -> None:

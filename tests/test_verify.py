@@ -109,7 +109,7 @@ def test_what_is_shown_is_in_the_report(verify: Verify, project: Path) -> None:
     text, page = (out / "report.md").read_text(), (out / "index.html").read_text()
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
     assert "passed" in lines["Toys roll"] and "(2 passed)" in lines["Toys roll"]
-    assert "| short; numbers are there |" in lines["Toys are fast"]
+    assert "| short; is written |" in lines["Toys are fast"]
     assert "exits with 0" in lines["They work"]
     assert "| not in this sample |" in lines["They are left out"]
     assert "| skipped |" in lines["They need a track"]
@@ -128,7 +128,10 @@ def test_what_is_shown_is_in_the_report(verify: Verify, project: Path) -> None:
         ({"evidence": [{"file": "README.md"}]}, "evidence: expected a test, a command"),
         ({"kind": "hoped"}, "kind: expected one of test, measured, predicted, rehearsed"),
         ({"kind": "measured"}, "measured: expected a file with its numbers"),
-        ({"evidence": [{"file": "README.md", "has": ["Toys"]}]}, "expected a test or a command"),
+        (
+            {"kind": "rehearsed", "evidence": [{"file": "README.md", "has": ["Toys"]}]},
+            "rehearsed: expected a test or a command",
+        ),
         ({"shrot": "typo"}, "unknown fields: shrot"),
         ({"short": " "}, "short: expected how it fell short"),
         ({"evidence": [OTHERS.format("test_nothing")]}, "pytest knows no such test"),

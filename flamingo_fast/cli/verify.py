@@ -4,9 +4,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from flamingo_fast.cli.app import app
@@ -73,13 +72,14 @@ def unknown(arguments: Sequence[str]) -> str:
 
     A command's name and the names of options are looked at, not their values.
     """
-    command: click.Command = typer.main.get_command(app)
+    # Whichever click typer brings.
+    command: Any = typer.main.get_command(app)
     words = list(arguments)
-    while isinstance(command, click.Group):
+    while (commands := getattr(command, "commands", None)) is not None:
         name = words.pop(0) if words else ""
-        if name not in command.commands:
+        if name not in commands:
             return f"there is no command {name!r}"
-        command = command.commands[name]
+        command = commands[name]
     options = {each for param in command.params for each in (*param.opts, *param.secondary_opts)}
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
     missing = sorted(set(given) - options - {"--", "--help"})
