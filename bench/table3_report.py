@@ -427,13 +427,12 @@ def _plot_ratios(
         "flops + params (fitted to the paper)": (fitted, "x", "C2"),
     }
     if measured:
-        values, lows, highs = zip(*measured, strict=True)
         axis.errorbar(
-            values,
+            [value for value, _, _ in measured],
             places,
             xerr=(
-                [value - low for value, low in zip(values, lows, strict=True)],
-                [high - value for value, high in zip(values, highs, strict=True)],
+                [value - low for value, low, _ in measured],
+                [high - value for value, _, high in measured],
             ),
             fmt="o",
             color="C1",

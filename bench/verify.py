@@ -27,7 +27,7 @@ JUNIT_NAME = "junit.xml"
 _COMMAND_LIMIT_S = 120
 _NOT_RUN, _LEFT_OUT = "not run", "not in this sample"
 # How a row's evidence ended, the first that any of it has.
-_ENDS = ("FAILED", "passed", "is written", "skipped", _LEFT_OUT, _NOT_RUN)
+_ENDS = ("failed", "passed", "recorded", "skipped", _LEFT_OUT, _NOT_RUN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def failures(self) -> list[str]:
-        failed = [each.detail for each in self.outcomes if each.end == "FAILED"]
+        failed = [each.detail for each in self.outcomes if each.end == "failed"]
         return [*self.promise.problems, *failed]
 
     @property
@@ -55,7 +55,7 @@ class Row:
         ends = {each.end for each in self.outcomes}
         found = next((end for end in _ENDS if end in ends), _NOT_RUN)
         if self.failures:
-            return "FAILED"
+            return "failed"
         return f"short; {found}" if self.promise.short else found
 
 
@@ -112,7 +112,7 @@ def verify(
             # Without its file the row has that as a problem.
             return outcomes.get(evidence.test, Outcome(_NOT_RUN))
         if evidence.file:
-            return Outcome("is written")
+            return Outcome("recorded")
         return ran.get(evidence.command, Outcome(_NOT_RUN))
 
     table = [
@@ -246,14 +246,14 @@ def _outcome_of_test(test: str, ended: _Items, known: _Items) -> Outcome:
     counts = collections.Counter(_of(test, ended).values())
     if failed := counts["failed"]:
         first = next(each for each, end in _of(test, ended).items() if end == "failed")
-        return Outcome("FAILED", f"{failed} of {counts.total()} failed: {first}")
+        return Outcome("failed", f"{failed} of {counts.total()} failed: {first}")
     if counts["passed"]:
         return Outcome("passed", f"{counts['passed']} passed")
     if counts:
         return Outcome("skipped", f"{counts.total()} skipped")
     if _of(test, known):
         return Outcome(_LEFT_OUT)
-    return Outcome("FAILED", f"{test}: pytest knows no such test")
+    return Outcome("failed", f"{test}: pytest knows no such test")
 
 
 # Commands
@@ -271,11 +271,11 @@ def _run_command(command: str, root: Path) -> Outcome:
             timeout=_COMMAND_LIMIT_S,
         )
     except subprocess.TimeoutExpired:
-        return Outcome("FAILED", f"{command}: took longer than {_COMMAND_LIMIT_S} s")
+        return Outcome("failed", f"{command}: took longer than {_COMMAND_LIMIT_S} s")
     if result.returncode == 0:
         return Outcome("passed", "exits with 0")
     last = (result.stdout + result.stderr).strip().splitlines()[-1:]
-    return Outcome("FAILED", f"{command}: exit code {result.returncode} {' '.join(last)}")
+    return Outcome("failed", f"{command}: exit code {result.returncode} {' '.join(last)}")
 
 
 # The report

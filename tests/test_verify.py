@@ -109,7 +109,7 @@ def test_what_is_shown_is_in_the_report(verify: Verify, project: Path) -> None:
     text, page = (out / "report.md").read_text(), (out / "index.html").read_text()
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
     assert "passed" in lines["Toys roll"] and "(2 passed)" in lines["Toys roll"]
-    assert "| short; is written |" in lines["Toys are fast"]
+    assert "| short; recorded |" in lines["Toys are fast"]
     assert "exits with 0" in lines["They work"]
     assert "| not in this sample |" in lines["They are left out"]
     assert "| skipped |" in lines["They need a track"]
@@ -218,7 +218,8 @@ def areas() -> list[Area]:
 def test_every_promise_of_ours_has_evidence_that_is_there(areas: list[Area]) -> None:
     rows = promises.of(areas)
     promises.check(rows, ROOT, unknown)
-    assert not [f"{each}: {'; '.join(each.problems)}" for each in rows if each.problems]
+    wrong = [f"{each}: {'; '.join(each.problems)}" for each in rows if each.problems]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_test_that_ours_name_is_there(areas: list[Area]) -> None:
