@@ -93,7 +93,7 @@ def verify(
     rows = promises_.of(areas)
     promises_.check(rows, root, unknown)
     tests = list(dict.fromkeys(e.test for each in rows for e in each.evidence if e.test))
-    tests = [each for each in tests if (root / each.partition("::")[0]).is_file()]
+    tests = [each for each in tests if (root / _file(each)).is_file()]
     if junit:
         ended = read_junit(junit, root)
         missing = [each for each in tests if not _of(each, ended)]
