@@ -35,18 +35,23 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 ifndef BESIDE
 .NOTPARALLEL:
 endif
-.PHONY: check lint test coverage test-transformers test-lowest test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
+.PHONY: check lint test coverage test-transformers test-lowest test-nsys accept-cpu verify verify-collected bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
 # First what is one process each, two at a time; then what takes all cores.
 check: $(STAMP) $(OTHER)/.installed
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 lint accept-cpu test-nsys
-	@$(MAKE) --no-print-directory test test-transformers
+	@$(MAKE) --no-print-directory test test-transformers verify-collected
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
 
+# How tests ended, for verify-collected.
+JUNIT := build/junit
+
 test: $(STAMP)
-	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
+	@rm -f $(JUNIT)/test.xml
+	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
+	  --junitxml $(JUNIT)/test.xml $(TEST_ARGS))
 
 # Lines that `make test` runs, in its processes too: fails under 90 %.
 coverage: $(STAMP)
@@ -69,7 +74,18 @@ NSYS := build/nsys
 
 test-nsys: $(STAMP)
 	$(call timed,$@,profiling/install_nsys.sh $(NSYS) || test $$? = 3 && { test ! -f $(NSYS)/env || \
-	  { . $(NSYS)/env && $(BIN)/python -m pytest -q tests/test_nsys.py $(TEST_ARGS); }; })
+	  { . $(NSYS)/env && $(BIN)/python -m pytest -q --junitxml $(JUNIT)/nsys.xml tests/test_nsys.py \
+	    $(TEST_ARGS); }; })
+
+# Every promise of docs/promises beside what shows it, whose tests run: nearly all of them. The
+# second takes what `make test` found, in seconds.
+VERIFY_ARGS ?=
+
+verify: $(STAMP)
+	$(call timed,$@,$(BIN)/flamingo-fast verify $(VERIFY_ARGS) -- -n auto --sample $(TEST_SAMPLE))
+
+verify-collected: $(STAMP)
+	$(call timed,$@,$(BIN)/flamingo-fast verify --junit $(JUNIT) $(VERIFY_ARGS))
 
 # Table 3 at a small scale and one case of each family: a quarter of an hour on 2 cores.
 bench: $(STAMP)

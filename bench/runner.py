@@ -220,21 +220,34 @@ def write(report: Report, out: Path) -> list[Path]:
     rows = [row for section in report.sections for row in section.measurements]
     records.write_csv(out / CSV_NAME, rows, report.environment)
     paths.append(out / CSV_NAME)
-    for section in report.sections:
-        for figure in section.figures:
-            paths.append(out / f"{figure.name}.png")
-            _replace(paths[-1], figure.png)
-    texts = {
-        JSON_NAME: json.dumps(_to_dict(report), indent=1),
-        MARKDOWN_NAME: markdown(report),
-        PAGE_NAME: page.html(
-            report.environment, report.command, [report.summary, *report.sections]
-        ),
+    paths.append(out / JSON_NAME)
+    _replace(paths[-1], json.dumps(_to_dict(report), indent=1).encode())
+    sections = [report.summary, *report.sections]
+    return paths + write_pages(
+        out, report.environment, report.command, sections, "flamingo_fast benchmarks"
+    )
+
+
+def write_pages(
+    out: Path,
+    environment: Environment | str,
+    command: str,
+    sections: Sequence[Section],
+    title: str,
+) -> list[Path]:
+    """The HTML page, the same in markdown, and plots as PNG beside it.
+
+    Arguments:
+        sections: as `page.html` takes them.
+    """
+    contents = {
+        f"{figure.name}.png": figure.png for section in sections for figure in section.figures
     }
-    for name, text in texts.items():
-        paths.append(out / name)
-        _replace(paths[-1], text.encode())
-    return paths
+    contents[MARKDOWN_NAME] = markdown(environment, command, sections, title).encode()
+    contents[PAGE_NAME] = page.html(environment, command, sections, title).encode()
+    for name, data in contents.items():
+        _replace(out / name, data)
+    return [out / name for name in contents]
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -268,17 +281,20 @@ def _to_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def markdown(report: Report) -> str:
-    parts = ["# Benchmark", str(report.environment), f"`{report.command}`"]
-    for section in (report.summary, *report.sections):
+def markdown(
+    environment: Environment | str, command: str, sections: Sequence[Section], title: str
+) -> str:
+    """The page's contents, as `page.html` takes them; figures are PNGs beside it."""
+    parts = [f"# {title}", str(environment), f"`{command}`"]
+    for section in sections:
         parts.append(f"# {section.title}")
-        for title, lines in (
+        for heading, lines in (
             ("", section.sentences if section.name == "summary" else ()),
             ("## Failed", section.failures),
             ("## Notes", section.notes),
         ):
             if lines:
-                parts.append("\n".join([title, *bullets(lines)]).strip("\n"))
+                parts.append("\n".join([heading, *bullets(lines)]).strip("\n"))
         parts += [table.markdown() for table in section.tables]
         parts += [f"![{figure.caption}]({figure.name}.png)" for figure in section.figures]
     return "\n\n".join(parts) + "\n"

@@ -18,6 +18,7 @@ from flamingo_fast.bench.table3 import (
     agreements,
     differing,
     leave_one_out,
+    of_table3,
     ratios,
 )
 from flamingo_fast.bench.table3_measured import Measurement
@@ -353,37 +354,95 @@ def plot_ratios(measurements: Sequence[Measurement], predictions: Sequence[Predi
     Raises:
         ImportError: matplotlib is not installed.
     """
-    pyplot = import_pyplot()
     rows = rows_of(measurements, predictions)
-    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
-    places = range(len(rows))
-    series = {
-        "paper": ([row.ratios.paper for row in rows], "D", "C3"),
-        "flops here (predicted)": ([row.measurement.flops_ratio for row in rows], "|", "C0"),
-        "flops + params (fitted to the paper)": (
-            [row.ratios.flops_and_parameters for row in rows],
-            "x",
-            "C2",
-        ),
-    }
-    measured = [row.measurement.ratio for row in rows]
     intervals = [row.measurement.interval for row in rows]
-    axis.errorbar(
-        measured,
-        places,
-        xerr=(
-            [value - each.low for value, each in zip(measured, intervals, strict=True)],
-            [each.high - value for value, each in zip(measured, intervals, strict=True)],
-        ),
-        fmt="o",
-        color="C1",
-        ms=5,
-        lw=1,
-        label="measured",
+    return _plot_ratios(
+        [row.name for row in rows],
+        [row.ratios.paper for row in rows],
+        "flops here (predicted)",
+        [row.measurement.flops_ratio for row in rows],
+        [row.ratios.flops_and_parameters for row in rows],
+        [
+            (row.measurement.ratio, each.low, each.high)
+            for row, each in zip(rows, intervals, strict=True)
+        ],
     )
+
+
+def plot_ratios_of_csv(path: str | Path) -> Any:
+    """`plot_ratios` of what `write_csv` wrote.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file can't be read.
+        ValueError: it is no such file.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return _plot_ratios(
+            [row["row"] for row in rows],
+            [float(row["paper_ratio"]) for row in rows],
+            "flops here (predicted)",
+            [float(row["flops_here_ratio"]) for row in rows],
+            [float(row["flops_and_parameters_ratio"]) for row in rows],
+            [(float(row["measured_ratio"]), float(row["low"]), float(row["high"])) for row in rows],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a table3.csv of a measurement: {error!r}") from error
+
+
+def plot_predicted_ratios(predictions: Sequence[Prediction]) -> Any:
+    """The same without a measured one, of table 3's rows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    of_row, rows = ratios(predictions), of_table3(predictions)
+    numbers = [of_row[each.row] for each in rows]
+    return _plot_ratios(
+        [each.row for each in rows],
+        [each.paper for each in numbers],
+        "flops (predicted)",
+        [each.flops for each in numbers],
+        [each.flops_and_parameters for each in numbers],
+    )
+
+
+def _plot_ratios(
+    names: Sequence[str],
+    paper: Sequence[float],
+    flops_label: str,
+    flops: Sequence[float],
+    fitted: Sequence[float],
+    measured: Sequence[tuple[float, float, float]] = (),
+) -> Any:
+    """`measured`: ratios, and both ends of their intervals; may be empty."""
+    pyplot = import_pyplot()
+    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.3 * len(names)), layout="constrained")
+    places = range(len(names))
+    series = {
+        "paper": (paper, "D", "C3"),
+        flops_label: (flops, "|", "C0"),
+        "flops + params (fitted to the paper)": (fitted, "x", "C2"),
+    }
+    if measured:
+        axis.errorbar(
+            [value for value, _, _ in measured],
+            places,
+            xerr=(
+                [value - low for value, low, _ in measured],
+                [high - value for value, _, high in measured],
+            ),
+            fmt="o",
+            color="C1",
+            ms=5,
+            lw=1,
+            label="measured",
+        )
     for label, (values, marker, color) in series.items():
         axis.plot(values, places, marker, color=color, label=label, ms=6, fillstyle="none")
-    axis.set_yticks(places, [row.name for row in rows], fontsize=8)
+    axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()
     axis.axvline(1, color="gray", lw=0.6)
     axis.set_xlabel("step time over the baseline's", fontsize=8)

@@ -149,6 +149,37 @@ def test_plots_have_every_row():
     assert suites.table3_section([], predictions()).tables == []
 
 
+def test_the_plot_of_a_file_is_that_of_its_measurement(tmp_path: Path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    file = tmp_path / "table3.csv"
+    table3_report.write_csv(MEASURED, predictions(), file)
+    drawn = [
+        table3_report.plot_ratios(MEASURED, predictions()),
+        table3_report.plot_ratios_of_csv(file),
+    ]
+
+    def points(figure) -> dict[str, list[float]]:
+        found = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+        (bars,) = figure.axes[0].containers
+        return found | {"measured": list(bars[0].get_xdata())}
+
+    measured, of_file = map(points, drawn)
+    assert measured.keys() == of_file.keys() and len(measured["measured"]) == len(MEASURED)
+    for label, places in measured.items():
+        assert of_file[label] == pytest.approx(places, rel=1e-5)
+    # Without a measurement there are predictions, which say so.
+    predicted = table3_report.plot_predicted_ratios(predictions())
+    assert [text.get_text() for text in predicted.legends[0].texts][:2] == [
+        "paper",
+        "flops (predicted)",
+    ]
+    for figure in (*drawn, predicted):
+        pyplot.close(figure)
+    file.write_text("row,paper_ratio\nbaseline,1\n")
+    with pytest.raises(ValueError, match="expected a table3.csv of a measurement"):
+        table3_report.plot_ratios_of_csv(file)
+
+
 def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["flamingo-fast", "table3", *arguments])
     with pytest.raises(SystemExit) as exit:

@@ -17,7 +17,7 @@ from flamingo_fast.ops.dispatch import BackendUnavailableError
 
 _MACHINE = ("kernels", "bench", "tune", "accept", "profile", "profile_run")
 # In the order that --help has.
-for _name in (*_MACHINE, "models", "patch", "data", "train", "demo"):
+for _name in (*_MACHINE, "models", "patch", "data", "train", "demo", "verify"):
     importlib.import_module(f"flamingo_fast.cli.{_name}")
 
 
