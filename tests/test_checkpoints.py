@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flamingo_fast import modules
-from flamingo_fast.modules import checkpoints
+from flamingo_fast.modules import checkpoints, peer_layouts
 from flamingo_fast.modules.checkpoints import (
     PEERS,
     canonical_state_dict,
@@ -700,8 +700,8 @@ def test_a_vision_transformers_layers_are_no_blocks_of_flamingo_pytorch():
 
 
 def test_the_tables_cover_the_peers_own_classes():
-    assert set(checkpoints._RESAMPLERS) == set(checkpoints._BLOCKS) == set(PEERS)
+    assert set(peer_layouts.RESAMPLERS) == set(peer_layouts.BLOCKS) == set(PEERS)
     theirs = _resampler(peers.open_flamingo(), max_num_frames=1, max_num_media=1).state_dict()
     templates = {checkpoints._without_number(key)[0] for key in theirs}
-    assert templates == set(checkpoints._RESAMPLER_KEYS)
-    assert set(_block(peers.open_flamingo()).state_dict()) == set(checkpoints._BLOCK_KEYS)
+    assert templates == set(peer_layouts.RESAMPLER_KEYS)
+    assert set(_block(peers.open_flamingo()).state_dict()) == set(peer_layouts.BLOCK_KEYS)

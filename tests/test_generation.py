@@ -16,6 +16,7 @@ pytest.importorskip("timm")
 
 from flamingo_fast.bench import decode  # noqa: E402
 from flamingo_fast.models import generation  # noqa: E402
+from flamingo_fast.models.beam_search import beam_search  # noqa: E402
 from flamingo_fast.models.config import (  # noqa: E402
     ConditioningConfig,
     FlamingoConfig,
@@ -24,6 +25,7 @@ from flamingo_fast.models.config import (  # noqa: E402
 )
 from flamingo_fast.models.flamingo import Flamingo  # noqa: E402
 from flamingo_fast.models.generation import Decoder, generate, score  # noqa: E402
+from flamingo_fast.models.sampling import TOKENS_A_CHECK, Sampling, Stops  # noqa: E402
 from flamingo_fast.models.vision import VisionEncoder  # noqa: E402
 
 VOCAB, IMAGE, EOC, PAD = 60, 3, 4, 1
@@ -127,13 +129,13 @@ def mixed_batch():
 @pytest.fixture
 def seen_logits(monkeypatch):
     """Logits (B, V) of each step."""
-    seen, choose = [], generation._Sampling.choose
+    seen, choose = [], Sampling.choose
 
     def see(sampling, logits):
         seen.append(logits.clone())
         return choose(sampling, logits)
 
-    monkeypatch.setattr(generation._Sampling, "choose", see)
+    monkeypatch.setattr(Sampling, "choose", see)
     return seen
 
 
@@ -270,7 +272,7 @@ def test_a_conversation_goes_on_after(family, first_turn, seen_logits):
 
 
 def test_a_conversation_when_the_host_asks_late(seen_logits, monkeypatch):
-    monkeypatch.setattr(generation, "_period", lambda device: 4)
+    monkeypatch.setattr(Stops, "period", staticmethod(lambda device: 4))
     converse(flamingo("chinchilla"), seen_logits, *four_turns())
 
 
@@ -333,7 +335,7 @@ BEAMS = {
 @pytest.mark.parametrize("options", BEAMS.values(), ids=BEAMS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_beams_are_those_of_transformers(family, options, period, static_cache, monkeypatch):
-    monkeypatch.setattr(generation, "_period", lambda device: period)
+    monkeypatch.setattr(Stops, "period", staticmethod(lambda device: period))
     model, batch = flamingo(family), mixed_batch()
     # Many, so that beams end at different lengths.
     stops = list(range(5, VOCAB, 13))
@@ -501,7 +503,7 @@ class Letters:
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_stop_strings(num_beams, period, monkeypatch):
     """The string spans two tokens; what was generated after it goes, from the cache too."""
-    monkeypatch.setattr(generation, "_period", lambda device: period)
+    monkeypatch.setattr(Stops, "period", staticmethod(lambda device: period))
     model, batch = flamingo("gpt2"), mixed_batch()
     options = {"max_new_tokens": 10, "stop_token_ids": (), "num_beams": num_beams}
     options["pad_token_id"] = PAD
@@ -529,7 +531,7 @@ def test_asking_late_changes_nothing(options, monkeypatch):
     model, batch = flamingo("gpt2"), mixed_batch()
     results, stops = [], [18, 19, 40, 52]
     for period in (1, 16):
-        monkeypatch.setattr(generation, "_period", lambda device, period=period: period)
+        monkeypatch.setattr(Stops, "period", staticmethod(lambda device, period=period: period))
         output = generate(
             model,
             **batch.prompt,
@@ -606,12 +608,12 @@ def new_flamingo():
 
 
 def run_on_meta(decoder, logits, tokens, sampling):
-    stops = generation._Stops([EOC, 9], [], None, PAD, torch.device("cpu"))
+    stops = Stops([EOC, 9], [], None, PAD, torch.device("cpu"))
     stops._token_ids = stops._token_ids.to("meta")
     with no_host_sync():
         if decoder.copies > 1:
-            return generation._beam_search(decoder, logits, stops, tokens, 1.0, False)
-        chosen = generation._Sampling(*sampling)
+            return beam_search(decoder, logits, stops, tokens, 1.0, False)
+        chosen = Sampling(*sampling)
         return generation._generate(decoder, logits, stops, tokens, chosen, [].append, None)
 
 
@@ -634,8 +636,8 @@ def test_no_host_sync_for_a_token(family, kind, options, sampling, new_flamingo)
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_the_host_asks_rarely(copies, new_flamingo, monkeypatch):
-    assert generation._TOKENS_A_CHECK == 16
-    monkeypatch.setattr(generation, "_TOKENS_A_CHECK", 3)
+    assert TOKENS_A_CHECK == 16
+    monkeypatch.setattr("flamingo_fast.models.sampling.TOKENS_A_CHECK", 3)
     decoder, logits = on_meta(new_flamingo("llama"), copies=copies)
     with pytest.raises(HostSyncError, match="_local_scalar_dense"):
         run_on_meta(decoder, logits, 9, (0.0, None, None, None))
@@ -644,7 +646,7 @@ def test_the_host_asks_rarely(copies, new_flamingo, monkeypatch):
 
 def test_masks_of_transformers_would_be_read(monkeypatch, new_flamingo):
     """What the cache has to hide from it: the test of host syncs would notice."""
-    monkeypatch.setattr(generation, "_hide_from_reading", lambda cache: None)
+    monkeypatch.setattr("flamingo_fast.models.decoder._hide_from_reading", lambda cache: None)
     decoder, logits = on_meta(new_flamingo("llama"))
     with pytest.raises(HostSyncError):
         run_on_meta(decoder, logits, 3, (0.0, None, None, None))

@@ -16,7 +16,7 @@ from stream_cases import word_tokenizer  # noqa: E402
 from test_table3_measured import SMALLEST  # noqa: E402
 
 from flamingo_fast import cli  # noqa: E402
-from flamingo_fast.bench import suites, table3, table3_measured, table3_report  # noqa: E402
+from flamingo_fast.bench import table3, table3_measured, table3_report, table3_suite  # noqa: E402
 from flamingo_fast.bench.table3_data import RealData  # noqa: E402
 from flamingo_fast.bench.table3_measured import Measurement  # noqa: E402
 from flamingo_fast.bench.table3_scales import SCALES  # noqa: E402
@@ -141,12 +141,12 @@ def test_pareto_front():
 
 def test_plots_have_every_row():
     pytest.importorskip("matplotlib")
-    section = suites.table3_section(MEASURED, predictions())
+    section = table3_suite.table3_section(MEASURED, predictions())
     assert [figure.name for figure in section.figures] == ["table3", "tradeoff"]
     for figure in section.figures:
         assert figure.png.startswith(b"\x89PNG") and figure.svg.startswith("<svg")
     assert [ratio.name for ratio in section.ratios] == [f"table3 micro {row}" for row in ROWS]
-    assert suites.table3_section([], predictions()).tables == []
+    assert table3_suite.table3_section([], predictions()).tables == []
 
 
 def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -163,7 +163,7 @@ def cells_of(line: str) -> list[str]:
 
 def test_command(tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(suites, "predict", predictions)
+    monkeypatch.setattr(table3_suite, "predict", predictions)
     monkeypatch.setitem(SCALES, "smallest", SMALLEST)
     file, out = tmp_path / "measured.csv", tmp_path / "report"
     options = ("--scale", "smallest", "--steps", "2", "--out", str(out))
@@ -191,7 +191,7 @@ def test_command(tmp_path: Path, monkeypatch, capsys):
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(suites, "predict", predictions)
+    monkeypatch.setattr(table3_suite, "predict", predictions)
     monkeypatch.setitem(SCALES, "smallest", SMALLEST)
     made = []
 
@@ -226,7 +226,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, capsys):
 )
 def test_wrong_options_are_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parents[1])
-    monkeypatch.setattr(suites, "predict", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(table3_suite, "predict", lambda: pytest.fail("measured"))
     code, _, err = run_command(monkeypatch, capsys, *arguments)
     assert code == 2
     assert message in " ".join(err.replace("│", " ").split())
