@@ -25,11 +25,7 @@ from flamingo_fast.bench.registry import DTYPES
 from flamingo_fast.bench.section import Figure, Ratio, Section
 from flamingo_fast.bench.settings import Progress, Settings, Suite, one_line
 from flamingo_fast.bench.table3_suite import STEP_TIME as STEP_TIME
-from flamingo_fast.bench.table3_suite import (
-    check_table3,
-    measure_table3,
-    seconds_of_table3,
-)
+from flamingo_fast.bench.table3_suite import check_table3, measure_table3, seconds_of_table3
 from flamingo_fast.bench.table3_suite import table3_section as table3_section
 
 # Of a headline, over all of its cases: rounds next to each other are more alike than runs are.

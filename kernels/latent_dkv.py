@@ -6,12 +6,7 @@ Its programs own a tile of keys and walk the rows.
 import triton
 import triton.language as tl
 
-from flamingo_fast.kernels.latent_rows import (
-    head_of,
-    load_keys,
-    load_rows,
-    num_valid_keys,
-)
+from flamingo_fast.kernels.latent_rows import head_of, load_keys, load_rows, num_valid_keys
 
 
 @triton.jit

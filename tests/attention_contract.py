@@ -20,6 +20,20 @@ from flamingo_fast.testing.inputs import random_tensor
 BF16 = torch.bfloat16
 
 
+def locations_at(images=((2, 5), (0, 1, 9)), seqlen=12) -> torch.Tensor:
+    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
+    for sample, positions in enumerate(images):
+        locations[sample, list(positions)] = True
+    return locations
+
+
+def previous_layout(num_media=2, media_seqlens=None, **images) -> ff.MediaLayout:
+    """By default with tokens before the first medium and past the last one."""
+    return ff.MediaLayout.from_media_locations(
+        locations_at(**images), num_media, media_seqlens=media_seqlens
+    )
+
+
 def inputs_of(layout, dtype=BF16, frozen=(), num_keys=8, device="cpu") -> dict[str, torch.Tensor]:
     """Four query heads, two key/value heads, a head dim of 16."""
     media_shape = (layout.media_total, num_keys, 2, 16)
