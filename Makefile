@@ -36,7 +36,8 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 check: lint test test-transformers test-nsys accept-cpu
 
 lint: $(STAMP)
-	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
+	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	  $(BIN)/lint-imports)
 
 test: $(STAMP)
 	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
@@ -132,7 +133,7 @@ $(OTHER)/.installed: $(STAMP)
 	touch $@; echo "install: $$(( $$(date +%s) - start )) s"
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 distclean: clean
