@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fresh_venv import ROOT
 
+import flamingo_fast
+
 PACKAGE = ROOT / "flamingo_fast"
 
 EXTRAS = (
@@ -37,10 +39,70 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_bare_import_is_light() -> None:
-    heavy = {"triton", "typer", "rich", *EXTRAS}
-    result = run_python(f"import sys, flamingo_fast; print(sorted({heavy!r} & set(sys.modules)))")
-    assert result.stdout == "[]\n", result.stdout + result.stderr
+def imported_by(program: str) -> set[str]:
+    """Modules that a fresh interpreter has after `program` and not before, the library's aside."""
+    result = run_python(
+        f"import sys; before = set(sys.modules)\n{program}\n"
+        "print(*sorted(set(sys.modules) - before), file=sys.stderr)"
+    )
+    assert result.returncode == 0, result.stderr
+    names = result.stderr.splitlines()[-1].split()
+    return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def test_a_bare_import_is_of_one_module() -> None:
+    assert imported_by("import flamingo_fast") == {"flamingo_fast"}
+
+
+@pytest.mark.parametrize("name", ["MediaLayout", "patch", "use_impl", "patching", "layout"])
+def test_a_name_brings_pytorch_and_a_few_packages_of_ours(name: str) -> None:
+    found = imported_by(f"import flamingo_fast; flamingo_fast.{name}")
+    beyond = found - imported_by("import torch")
+    packages = {".".join(module.split(".")[:2]) for module in beyond} - {"flamingo_fast"}
+    allowed = {"layout", "modules", "ops", "patching", "ranges", "reference", "schedule"}
+    assert packages <= {f"flamingo_fast.{each}" for each in (*allowed, "watchers")}
+    assert "torch" in found and hasattr(flamingo_fast, name)
+
+
+def test_help_imports_the_command_and_what_prints_it() -> None:
+    found = imported_by(
+        "sys.argv = ['flamingo-fast', '--help']\n"
+        "from flamingo_fast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert not exit.code"
+    )
+    ours = {name for name in found if name.startswith("flamingo_fast")}
+    commands = {f"flamingo_fast.cli.{file.stem}" for file in (PACKAGE / "cli").glob("[a-z]*.py")}
+    assert ours == {"flamingo_fast", "flamingo_fast.cli"} | commands
+    printing = {"typer", "rich", "click", "shellingham", "annotated_doc", "typing_extensions"}
+    printing |= {"pygments", "markdown_it", "mdurl", "colorama"}
+    assert {name.partition(".")[0] for name in found - ours} <= printing
+
+
+def test_whatever_is_asked_for_first_all_names_are_there() -> None:
+    result = run_python("""
+import flamingo_fast, torch
+assert set(flamingo_fast.__all__) <= set(dir(flamingo_fast))
+flamingo_fast.squared_relu
+assert set(flamingo_fast.__all__) <= set(vars(flamingo_fast))
+assert len([name for name in dir(torch.ops.flamingo_fast) if name.endswith("_fwd")]) >= 7
+try:
+    flamingo_fast.nothing
+except AttributeError as error:
+    print(error)
+""")
+    expected = "module 'flamingo_fast' has no attribute 'nothing'\n"
+    assert result.stdout == expected, result.stdout + result.stderr
+
+
+def test_the_first_use_of_a_name_may_be_inside_compiled_code() -> None:
+    result = run_python("""
+import torch, flamingo_fast
+function = lambda x: flamingo_fast.squared_relu(x, impl="torch")
+compiled = torch.compile(function, fullgraph=True, backend="eager")
+print(compiled(torch.tensor([-1.0, 3.0])).tolist())
+""")
+    assert result.stdout == "[0.0, 9.0]\n", result.stdout + result.stderr
 
 
 def _import_all_without(blocked: tuple[str, ...], names: list[str]) -> None:
