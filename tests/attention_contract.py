@@ -158,6 +158,28 @@ def run_on_meta(layout, frozen=(), num_keys=8, **options) -> list[str]:
     return [launch.kernel.fn.__name__ for launch in launches]
 
 
+def check_built_without_host_sync(make_layout) -> None:
+    """Of a function that makes a layout on the meta device."""
+    with no_host_sync():
+        layout = make_layout()
+        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
+    assert layout.device.type == "meta"
+    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+
+
+def check_planted_sync(monkeypatch, ops: ModuleType, planted: str, layout) -> None:
+    """Of the function `planted` of `ops`, the test of host syncs notices one."""
+    real = getattr(ops, planted)
+
+    def synchronising(first, *rest):
+        first.sum().item()
+        return real(first, *rest)
+
+    monkeypatch.setattr(ops, f"{planted}_op", synchronising)
+    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
+        run_on_meta(layout, impl="triton")
+
+
 def peak_bytes(function) -> int:
     """Of what PyTorch's CPU allocator had handed out at once, outputs included."""
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from module_cases import randomized
+from patch_open_flamingo_cases import FEATURES, Visual
 from torch import nn
 
 from flamingo_fast.models.flamingo import Flamingo
@@ -18,21 +19,9 @@ transformers = pytest.importorskip("transformers")
 
 # OpenFlamingo's own tokens are the next ones after the vocabulary.
 VOCAB, EOC, IMAGE, ALL = 38, 38, 39, 40
-DIM, FEATURES, PAD = 32, 24, 1
+DIM, PAD = 32, 1
 LAYERS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "llama": "model.layers"}
 FAMILIES = list(LAYERS)
-
-
-class Visual(nn.Module):
-    """As OpenCLIP's `visual` with output_tokens: (pooled, tokens)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, FEATURES, 4, 4)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.proj(images).flatten(2).mT
-        return tokens.mean(1), tokens
 
 
 def make_lang_model(family: str, vocab_size: int = ALL, depth: int = 4) -> nn.Module:

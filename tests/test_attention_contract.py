@@ -11,6 +11,8 @@ from attention_contract import (
     BF16,
     HostSyncError,
     assert_equal,
+    check_built_without_host_sync,
+    check_planted_sync,
     inputs_of,
     locations_at,
     no_host_sync,
@@ -383,11 +385,7 @@ LAYOUTS_ON_META = {
 
 @pytest.mark.parametrize("make_layout", LAYOUTS_ON_META.values(), ids=LAYOUTS_ON_META.keys())
 def test_layouts_are_built_without_a_host_sync(make_layout):
-    with no_host_sync():
-        layout = make_layout()
-        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
-    assert layout.device.type == "meta"
-    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+    check_built_without_host_sync(make_layout)
 
 
 @pytest.fixture
@@ -425,15 +423,7 @@ def test_the_torch_side_makes_no_host_sync(name, options, real_launchers):
 
 @pytest.mark.parametrize("planted", ["_forward", "_backward"])
 def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
-    real = getattr(one_medium_attention, planted)
-
-    def synchronising(first, *rest):
-        first.sum().item()
-        return real(first, *rest)
-
-    monkeypatch.setattr(one_medium_attention, f"{planted}_op", synchronising)
-    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
-        run_on_meta(from_locations(3), impl="triton")
+    check_planted_sync(monkeypatch, one_medium_attention, planted, from_locations(3))
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():

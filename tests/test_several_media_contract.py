@@ -6,11 +6,11 @@ import pytest
 import torch
 from attention_contract import (
     BF16,
-    HostSyncError,
     assert_equal,
+    check_built_without_host_sync,
+    check_planted_sync,
     inputs_of,
     locations_at,
-    no_host_sync,
     peak_bytes,
     run_layout,
     run_on_meta,
@@ -407,11 +407,7 @@ LAYOUTS_ON_META = {
 
 @pytest.mark.parametrize("make_layout", LAYOUTS_ON_META.values(), ids=LAYOUTS_ON_META.keys())
 def test_layouts_are_built_without_a_host_sync(make_layout):
-    with no_host_sync():
-        layout = make_layout()
-        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
-    assert layout.device.type == "meta"
-    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+    check_built_without_host_sync(make_layout)
 
 
 @pytest.fixture
@@ -446,12 +442,4 @@ def test_launchers_of_splits_make_no_host_sync(real_launchers):
 
 @pytest.mark.parametrize("planted", ["_forward", "_backward"])
 def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
-    real = getattr(several_media_attention, planted)
-
-    def synchronising(first, *rest):
-        first.sum().item()
-        return real(first, *rest)
-
-    monkeypatch.setattr(several_media_attention, f"{planted}_op", synchronising)
-    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
-        run_on_meta(from_mask(), impl="triton")
+    check_planted_sync(monkeypatch, several_media_attention, planted, from_mask())
