@@ -64,6 +64,11 @@ def check_integers(
     dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64),
     like: torch.Tensor | None = None,
 ) -> None:
+    """Whether `tensor` has these dtypes, so many dimensions, and the shape and device of `like`.
+
+    Raises:
+        TypeError, ValueError: it has not, by `name`.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -127,6 +132,7 @@ def count_media(
 
 
 def is_count(value: object) -> bool:
+    """Whether it is an integer, no bool, of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -146,6 +152,11 @@ def _refuse_other_gpu(name: str, values: torch.Tensor, device: torch.device) -> 
 def seqlens_of_media(
     media_seqlens: torch.Tensor | None, media_total: int, device: torch.device
 ) -> torch.Tensor | None:
+    """media_seqlens as (media_total,) int32, a copy; None stays None.
+
+    Raises:
+        TypeError, ValueError: no integers, another shape or device.
+    """
     if media_seqlens is None:
         return None
     if not isinstance(media_seqlens, torch.Tensor):
@@ -161,6 +172,7 @@ def seqlens_of_media(
 
 
 def holds_integers(tensor: torch.Tensor) -> bool:
+    """Whether the dtype is one of integers; bool is none."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 

@@ -36,10 +36,12 @@ def attend_modes(
 
 
 def by_token(modes: str | torch.Tensor) -> str | torch.Tensor:
+    """Modes of samples, (B,) -> (B, 1)."""
     return modes[:, None] if isinstance(modes, torch.Tensor) else modes
 
 
 def has_mode(attend: str | Sequence[str], name: str) -> bool:
+    """Whether `name` is what any sample attends to."""
     return attend == name or (not isinstance(attend, str) and name in attend)
 
 
