@@ -43,7 +43,8 @@ check: $(STAMP) $(OTHER)/.installed
 	@$(MAKE) --no-print-directory test test-transformers verify-collected
 
 lint: $(STAMP)
-	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
+	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	  $(BIN)/lint-imports)
 
 # How tests ended, for verify-collected.
 JUNIT := build/junit
@@ -166,7 +167,7 @@ $(OTHER)/.installed: $(STAMP)
 	touch $@; echo "install: $$(( $$(date +%s) - start )) s"
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 distclean: clean
