@@ -31,12 +31,16 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: check lint test test-transformers test-nsys accept-cpu bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
+.PHONY: check lint test test-transformers test-nsys accept-cpu bench bench-full bench-pytest docs aot demo gpu gpu-test install clean distclean
 
-check: lint test test-transformers test-nsys accept-cpu
+check: lint docs test test-transformers test-nsys accept-cpu
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
+
+# The site of docs/, into build/site; reads nothing from the net, and a warning is an error.
+docs: $(STAMP)
+	$(call timed,$@,NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet)
 
 test: $(STAMP)
 	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) $(TEST_ARGS))
