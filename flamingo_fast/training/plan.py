@@ -22,7 +22,7 @@ from flamingo_fast.models.chinchilla import RelativeAttention
 from flamingo_fast.models.conditioning import find_layers
 from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.models.flamingo import Flamingo
-from flamingo_fast.models.params import _WithoutInit
+from flamingo_fast.models.params import _vision_encoder, _WithoutInit
 from flamingo_fast.models.work import DATASETS, Batch, pass_flops, vision_work
 from flamingo_fast.modules.cross_attention import MaskedCrossAttention
 from flamingo_fast.modules.feed_forward import FeedForward
@@ -260,7 +260,9 @@ class _Unit:
 @functools.lru_cache(maxsize=8)
 def _model(config: FlamingoConfig) -> Flamingo:
     with _WithoutInit():
-        return Flamingo(config, device="meta").to(torch.bfloat16)
+        vision_encoder = _vision_encoder(config.vision)
+        model = Flamingo(config, vision_encoder=vision_encoder, device="meta")
+    return model.to(torch.bfloat16)
 
 
 def _modules(model: Flamingo) -> Iterator[tuple[str, Any, bool, bool]]:
@@ -397,9 +399,23 @@ def _memory(
     )
 
 
-@functools.lru_cache(maxsize=64)
 def _activations(config: FlamingoConfig, batch: Batch) -> int:
-    """What autograd saves in a forward on the meta device, and the most of one layer again."""
+    """What autograd saves in a forward on the meta device, and the most of one layer again.
+
+    Of layers that are all alike a few are run: of each more its input is kept.
+    """
+    depth, few = config.lm.depth, 2
+    conditioning = config.conditioning
+    is_alike = isinstance(conditioning.every, int) and conditioning.first == 0
+    if depth <= few or not is_alike or not config.lm.is_frozen:
+        return _saved(config, batch)
+    shallow = dataclasses.replace(config, lm=dataclasses.replace(config.lm, depth=few))
+    inputs = _HALF * batch.samples * batch.tokens * config.lm.dim
+    return _saved(shallow, batch) + (depth - few) * inputs
+
+
+@functools.lru_cache(maxsize=64)
+def _saved(config: FlamingoConfig, batch: Batch) -> int:
     model = _model(config)
     features = vision_work(config.vision)
     ids = torch.zeros(batch.samples, batch.tokens, dtype=torch.int64, device="meta")
