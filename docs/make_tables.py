@@ -18,7 +18,7 @@ from flamingo_fast.kernels.launch import Target
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.params import ParameterRow, preset_rows, table3_rows
 from flamingo_fast.models.presets import table3_configs
-from flamingo_fast.models.work import DATASETS
+from flamingo_fast.models.work import DATASETS, step_flops
 from flamingo_fast.patching import rules
 from flamingo_fast.profiling.kernel_work import work_of_calls
 from flamingo_fast.profiling.launches import calls_of, launches_of
@@ -237,16 +237,18 @@ def plan_sizes() -> str:
 
 
 def plan_80b() -> str:
-    """One step of the 80B preset on 1024 GPUs, in several ways."""
+    """One step of the 80B preset, in several ways."""
     config = FlamingoConfig.preset("flamingo-80b")
     rows = []
-    for options, times, micro in (
-        ({}, 16, 4),
-        ({"tensor_parallel": 16}, 16, 4),
-        ({"tensor_parallel": 8}, 16, 4),
-        ({"tensor_parallel": 16, "fsdp": False}, 16, 4),
-        ({"tensor_parallel": 8, "fsdp": False}, 16, 4),
-        ({"tensor_parallel": 8, "fsdp": False}, 2, 4),
+    for gpus, options, times, micro in (
+        (8, {}, 1, 8),
+        (8, {"tensor_parallel": 8, "fsdp": False}, 1, 8),
+        (1024, {}, 16, 4),
+        (1024, {"tensor_parallel": 16}, 16, 4),
+        (1024, {"tensor_parallel": 8}, 16, 4),
+        (1024, {"tensor_parallel": 16, "fsdp": False}, 16, 4),
+        (1024, {"tensor_parallel": 8, "fsdp": False}, 16, 4),
+        (1024, {"tensor_parallel": 8, "fsdp": False}, 2, 4),
     ):
         batches = {
             name: dataclasses.replace(batch, samples=times * batch.samples)
@@ -254,25 +256,26 @@ def plan_80b() -> str:
             for batch in DATASETS[name]
         }
         each = plan(
-            config, 1024, ParallelConfig(**options), batches=batches, micro_batch_size=micro
+            config, gpus, ParallelConfig(**options), batches=batches, micro_batch_size=micro
         )
         traffic = each.traffic
         bounds = (each.compute_s, each.data_parallel_s, each.tensor_parallel_s)
         rows.append(
             (
+                gpus,
                 _where(each),
-                f"{times} x",
+                f"{times} x, {micro} rows",
                 each.passes,
                 _number(each.memory.total / _GB),
                 _number((traffic.gather + traffic.reduce) / _GB),
                 _number(traffic.tensor_parallel / _GB),
                 *(_number(value) for value in bounds),
-                _number(max(bounds) / times),
             )
         )
-    header = ("shared by", "batches", "forwards of a GPU", "memory, GB", "sent for data, GB")
-    header += ("sent in layers, GB", "products, s", "data, s", "layers, s", "longest / batches, s")
-    return _table(header, rows)
+    header = ("GPUs", "shared by", "batches, of a forward", "forwards of a GPU", "memory, GB")
+    header += ("sent for data, GB", "sent in layers, GB", "products, s", "data, s", "layers, s")
+    operations = step_flops(config).total / 1e15
+    return f"Products of a step of 1 x: {operations:.1f} PFLOP.\n\n{_table(header, rows)}"
 
 
 TABLES: dict[str, Callable[..., str]] = {
