@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -394,40 +394,53 @@ def _memory(
         gradients=_WIDE * trained,
         moments=2 * _WIDE * trained,
         in_flight=in_flight,
-        activations=max(_activations(config, batch) for batch in forwards.values()),
+        activations=max(_activations(config, batch) for batch in _largest(forwards.values())),
         logits=_CHUNK_BYTES["gpu"],
     )
 
 
-def _activations(config: FlamingoConfig, batch: Batch) -> int:
-    """What autograd saves in a forward on the meta device, and the most of one layer again.
+def _largest(batches: Iterable[Batch]) -> list[Batch]:
+    """Without those of which another has as much of everything."""
+    different = list(dict.fromkeys(batches))
+    return [
+        batch
+        for batch in different
+        if not any(
+            other != batch
+            and all(
+                mine <= its
+                for mine, its in zip(
+                    dataclasses.astuple(batch), dataclasses.astuple(other), strict=True
+                )
+            )
+            for other in different
+        )
+    ]
 
-    Of layers that are all alike a few are run: of each more its input is kept.
-    """
-    depth, few = config.lm.depth, 2
-    conditioning = config.conditioning
+
+def _activations(config: FlamingoConfig, batch: Batch) -> int:
+    """What autograd saves in a forward on the meta device: outside of layers, and in one of them,
+    which is computed again; of each layer its input is kept. Layers that are all alike are few."""
+    depth, few, conditioning = config.lm.depth, 2, config.conditioning
     is_alike = isinstance(conditioning.every, int) and conditioning.first == 0
-    if depth <= few or not is_alike or not config.lm.is_frozen:
-        return _saved(config, batch)
-    shallow = dataclasses.replace(config, lm=dataclasses.replace(config.lm, depth=few))
-    inputs = _HALF * batch.samples * batch.tokens * config.lm.dim
-    return _saved(shallow, batch) + (depth - few) * inputs
+    if depth > few and is_alike and conditioning.kind != "grafting":
+        config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, depth=few))
+    outside, of_a_layer = _saved(config, batch)
+    if conditioning.kind == "grafting":
+        depth += conditioning.num_layers
+    inputs = depth * _HALF * batch.samples * batch.tokens * config.lm.dim
+    return outside + inputs + of_a_layer
 
 
 @functools.lru_cache(maxsize=64)
-def _saved(config: FlamingoConfig, batch: Batch) -> int:
+def _saved(config: FlamingoConfig, batch: Batch) -> tuple[int, int]:
+    """Bytes that are saved outside of layers, and the most that one layer saves."""
     model = _model(config)
     features = vision_work(config.vision)
     ids = torch.zeros(batch.samples, batch.tokens, dtype=torch.int64, device="meta")
     shape = (batch.samples * batch.media, batch.frames, features.tokens, features.features)
-    inputs: dict[str, Any] = {
-        "features": torch.empty(shape, dtype=torch.bfloat16, device="meta"),
-        "num_media": [batch.media] * batch.samples,
-        "labels": ids,
-        "loss_reduction": "sum",
-    }
     of_model = {each.untyped_storage()._cdata for each in model.parameters()}
-    place: list[str] = ["model"]
+    place: list[str] = [""]
     sizes: dict[str, dict[int, int]] = collections.defaultdict(dict)
     kept: list[torch.Tensor] = []
 
@@ -438,10 +451,6 @@ def _saved(config: FlamingoConfig, batch: Batch) -> int:
             kept.append(tensor)
             sizes[place[-1]][storage._cdata] = storage.nbytes()
         return tensor
-
-    def run() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            model(ids, **inputs)
 
     handles = []
     layers: Any = find_layers(model.lang_model)
@@ -455,18 +464,19 @@ def _saved(config: FlamingoConfig, batch: Batch) -> int:
         ]
     try:
         model.train()
-        model.checkpoint(False)
-        run()
-        of_layers = [sum(of.values()) for name, of in sizes.items() if name != "model"]
-        sizes.clear()
-        kept.clear()
-        model.checkpoint()
-        run()
-        return sum(sum(of.values()) for of in sizes.values()) + max(of_layers, default=0)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            model(
+                ids,
+                features=torch.empty(shape, dtype=torch.bfloat16, device="meta"),
+                num_media=[batch.media] * batch.samples,
+                labels=ids,
+                loss_reduction="sum",
+            )
     finally:
         for handle in handles:
             handle.remove()
-        model.checkpoint(False)
+    of_layers = [sum(of.values()) for name, of in sizes.items() if name]
+    return sum(sizes[""].values()), max(of_layers, default=0)
 
 
 # Traffic.
