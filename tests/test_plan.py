@@ -162,20 +162,32 @@ def test_more_rows_take_more_memory_and_more_ranks_less():
     )
 
 
-def test_ranks_of_a_layer_on_several_machines_are_bound_by_what_is_between():
-    config = FlamingoConfig.preset("flamingo-3b")
-    one, two = (
-        plan(
-            config,
-            16,
-            ParallelConfig(tensor_parallel=size, fsdp=False),
-            batches=PAGES,
-            micro_batch_size=1,
-        )
-        for size in (8, 16)
-    )
-    assert two.tensor_parallel_s > 8 * one.tensor_parallel_s
-    assert one.compute_s == two.compute_s
+@pytest.mark.parametrize(
+    ("ranks", "stride", "bandwidth"),
+    [
+        # In a machine.
+        (1, 1, 450e9),
+        (8, 1, 450e9),
+        (2, 4, 450e9),
+        # Eight, two and one of a machine's GPUs are in the group.
+        (16, 1, 400e9),
+        (1024, 1, 400e9),
+        (256, 4, 100e9),
+        (128, 8, 50e9),
+        (64, 16, 50e9),
+    ],
+)
+def test_bandwidth_is_that_of_the_links_a_group_has(ranks, stride, bandwidth):
+    assert H100_CLUSTER.bandwidth(ranks, stride) == bandwidth
+
+
+def test_times_are_bounds_by_peaks():
+    config, parallel = FlamingoConfig.preset("flamingo-3b"), ParallelConfig(tensor_parallel=8)
+    planned = plan(config, 16, parallel, batches=PAGES, micro_batch_size=1)
+    traffic = planned.traffic
+    assert planned.tensor_parallel_s == traffic.tensor_parallel / 450e9 > 0
+    assert planned.data_parallel_s == (traffic.gather + traffic.reduce) / 50e9 > 0
+    assert planned.compute_s == planned.flops / 989e12 > 0
 
 
 @pytest.mark.parametrize(

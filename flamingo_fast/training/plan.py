@@ -43,7 +43,8 @@ class Cluster:
         gpu: of `gpus.GPUS`, by name.
         memory: bytes of a GPU.
         gpus_per_machine: that NVLink joins.
-        within, between: bytes/s that a GPU can send, to others of its machine and elsewhere.
+        within: bytes/s that a GPU can send to others of its machine.
+        between: bytes/s that a GPU's own port can send to other machines.
         source: of these numbers.
     """
 
@@ -58,6 +59,21 @@ class Cluster:
     def flops(self) -> float:
         """Operations a second of bf16 products."""
         return next(each for each in GPUS if each.name == self.gpu).matmul["bf16"] * 1e12
+
+    def bandwidth(self, ranks: int, stride: int) -> float:
+        """Bytes/s at most that each of a group's GPUs sends in a collective.
+
+        What comes to a machine is passed on in it: with several of a group's GPUs in it, the ports
+        of all of them carry what each of them is to have.
+
+        Arguments:
+            ranks: of the group.
+            stride: how far apart they are, where GPUs are numbered machine by machine.
+        """
+        if ranks * stride <= self.gpus_per_machine:
+            return self.within
+        ports = min(ranks, max(1, self.gpus_per_machine // stride))
+        return min(self.within, ports * self.between) if ports > 1 else self.between
 
 
 H100_CLUSTER = Cluster(
@@ -153,18 +169,14 @@ class Plan:
     @property
     def data_parallel_s(self) -> float:
         """At least, for weights and gradients between data-parallel ranks."""
-        sent = self.traffic.gather + self.traffic.reduce
-        return sent / self._bandwidth(self.gpus)
+        sent, shared = self.traffic.gather + self.traffic.reduce, self.parallel.tensor_parallel
+        return sent / self.cluster.bandwidth(self.gpus // shared, shared)
 
     @property
     def tensor_parallel_s(self) -> float:
         """At least, for what layers add up."""
-        return self.traffic.tensor_parallel / self._bandwidth(self.parallel.tensor_parallel)
-
-    def _bandwidth(self, ranks: int) -> float:
-        """Ranks of a layer follow each other; those that leave their machine are bound by that."""
-        cluster = self.cluster
-        return cluster.within if ranks <= cluster.gpus_per_machine else cluster.between
+        shared = self.parallel.tensor_parallel
+        return self.traffic.tensor_parallel / self.cluster.bandwidth(shared, 1)
 
 
 def plan(
