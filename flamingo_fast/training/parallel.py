@@ -229,6 +229,8 @@ def _shard(model: Flamingo, ranks: Ranks, dtype: torch.dtype, reshard: bool) -> 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
     placement = functools.partial(fsdp_placement, size=mesh.size())
+    # FSDP takes none, and NFNets have them: they stay whole, and `TrainStep` sums their gradients.
+    scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
 
     def shard(module: nn.Module, reshard_after_forward: bool) -> None:
         _cast(module, dtype, ranks.device, is_sharded=True)
@@ -238,6 +240,7 @@ def _shard(model: Flamingo, ranks: Ranks, dtype: torch.dtype, reshard: bool) -> 
             mp_policy=policy,
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=placement,
+            ignored_params=scalars,
         )
 
     # Nothing here changes what a module returned in place, of which FSDP warns.
