@@ -229,11 +229,12 @@ def _shard(model: Flamingo, ranks: Ranks, dtype: torch.dtype, reshard: bool) -> 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
     placement = functools.partial(fsdp_placement, size=mesh.size())
-    # FSDP takes none, and NFNets have them: they stay whole, and `TrainStep` sums their gradients.
-    scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
 
     def shard(module: nn.Module, reshard_after_forward: bool) -> None:
         _cast(module, dtype, ranks.device, is_sharded=True)
+        # FSDP takes no scalars, and NFNets have some: they stay whole, and `TrainStep` sums their
+        # gradients.
+        scalars = {parameter for parameter in module.parameters() if parameter.dim() == 0}
         fully_shard(
             module,
             mesh=mesh,
