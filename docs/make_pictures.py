@@ -1,9 +1,11 @@
 """Makes the pictures of the documentation: `python docs/make_pictures.py`, into docs/pictures.
 
-Layouts are drawn by their own `plot`; schedules from the schedule that a layout has.
+Layouts are drawn by their own `plot`; schedules from the schedule that a layout has; measurements
+from the files that the benchmarks wrote, in bench/data.
 """
 
 import argparse
+import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from matplotlib.figure import Figure
 from flamingo_fast import MediaLayout
 
 FOLDER = Path(__file__).parent / "pictures"
+DATA = Path(__file__).parents[1] / "bench" / "data"
 DPI = 90
 GREY = "0.85"
 
@@ -145,6 +148,51 @@ def several_media_schedule() -> Figure:
     return figure
 
 
+def table3_and_growth() -> Figure:
+    """Step times of table 3's rows beside the paper's, and an op's time by its number of images."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    rows = _read("table3_mini.csv")
+    places = range(len(rows))
+    measured = [float(row["measured_ratio"]) for row in rows]
+    ends = [
+        [value - float(row["low"]) for value, row in zip(measured, rows, strict=True)],
+        [float(row["high"]) - value for value, row in zip(measured, rows, strict=True)],
+    ]
+    left.barh(places, measured, xerr=ends, color="C0", height=0.6, label="measured, scale mini")
+    paper = [float(row["paper_ratio"]) for row in rows]
+    left.plot(paper, places, "D", color="C1", label="paper, full scale")
+    left.set_yticks(places, [row["row"] for row in rows], fontsize=8)
+    left.invert_yaxis()
+    left.axvline(1, color="0.5", linewidth=0.8)
+    left.set_xlabel("step time over the baseline's")
+    left.set_title("Table 3", fontsize=10)
+    left.legend(fontsize=8)
+
+    times: dict[str, list[tuple[int, float]]] = {}
+    for row in _read("growth.csv"):
+        sizes = [int(each) for each in row["shape"].split("x")]
+        if row["metric"] == "time" and sizes[1] == _GROWTH_TOKENS:
+            times.setdefault(row["provider"], []).append((sizes[2], float(row["p50"])))
+    for provider, points in times.items():
+        right.plot(*zip(*sorted(points), strict=True), marker=".", label=provider)
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set_xlabel(f"images of 64 tokens in {_GROWTH_TOKENS} text tokens")
+    right.set_ylabel("ms, forward and backward, 2 CPU cores, fp32")
+    right.set_title("masked cross-attention", fontsize=10)
+    right.legend(fontsize=8)
+    return figure
+
+
+_GROWTH_TOKENS = 2048
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with (DATA / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 RECIPES: dict[str, Callable[[], Figure]] = {
     "attend.png": attend,
     "past_last.png": past_last,
@@ -152,6 +200,7 @@ RECIPES: dict[str, Callable[[], Figure]] = {
     "packed.png": packed,
     "one_medium_schedule.png": one_medium_schedule,
     "several_media_schedule.png": several_media_schedule,
+    "table3_and_growth.png": table3_and_growth,
 }
 
 
