@@ -71,14 +71,15 @@ test-transformers: $(OTHER)/.installed
 # The oldest of all three that are supported, in an environment of its own: a job beside `check`.
 # Triton 3.6's interpreter makes scalars of arrays as NumPy 2.4 refuses to.
 test-lowest:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest TORCH='torch==2.11.0 torchvision==0.26.0' \
-	  TRITON=triton==3.6.0 PINS='transformers==$(VERSION) numpy==2.3.5' test
+	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest JUNIT=build/junit-lowest \
+	  TORCH='torch==2.11.0 torchvision==0.26.0' TRITON=triton==3.6.0 PINS='transformers==$(VERSION) numpy==2.2.6' test
 
 # Nsight Systems from Debian, unpacked beside; with it comes a libcuda that has no driver. Where it
 # can't be had the reason is printed, and that is all.
 NSYS := build/nsys
 
 test-nsys: $(STAMP)
+	@rm -f $(JUNIT)/nsys.xml
 	$(call timed,$@,profiling/install_nsys.sh $(NSYS) || test $$? = 3 && { test ! -f $(NSYS)/env || \
 	  { . $(NSYS)/env && $(BIN)/python -m pytest -q --junitxml $(JUNIT)/nsys.xml tests/test_nsys.py \
 	    $(TEST_ARGS); }; })

@@ -169,6 +169,8 @@ def _lacks(promise: Promise) -> str:
     """What evidence of this kind can't do without, if it does."""
     if promise.kind == "measured":
         return "" if any(each.file for each in promise.evidence) else "a file with its numbers"
+    if promise.kind == "test" and not any(e.test or e.run or e.file for e in promise.evidence):
+        return "a test, a command that is run each time, or a file that says how it ended"
     if promise.kind in ("predicted", "rehearsed") and all(each.file for each in promise.evidence):
         return "a test or a command, got files alone"
     return ""

@@ -23,7 +23,11 @@ def test_sizes(size): pass
 
 def test_false(): assert 1 == 2
 
-def test_left_out(): pass
+@pytest.mark.matrix
+@pytest.mark.parametrize("size", [1, 2])
+def test_left_out(size): pass
+
+def test_not_run(): pass
 
 @pytest.mark.skip
 def test_skipped(): pass
@@ -134,8 +138,10 @@ def test_what_is_shown_is_in_the_report(verify: Verify, project: Path) -> None:
         ),
         ({"shrot": "typo"}, "unknown fields: shrot"),
         ({"short": " "}, "short: expected how it fell short"),
-        ({"evidence": [OTHERS.format("test_nothing")]}, "pytest knows no such test"),
-        ({"evidence": [OTHERS.format("test_size")]}, "pytest knows no such test"),
+        ({"evidence": [OTHERS.format("test_nothing")]}, "there is no such test"),
+        ({"evidence": [OTHERS.format("test_size")]}, "there is no such test"),
+        ({"evidence": [OTHERS.format("test_not_run")]}, "or it did not run"),
+        ({"evidence": ["make lint"]}, "test: expected a test, a command that is run each time"),
         ({"evidence": ["tests/test_gone.py::test_sizes"]}, "there is no such file"),
         ({"evidence": [OTHERS.format("test_false")]}, "1 of 1 failed"),
         ({"evidence": ["tests/test_toys.py"]}, "1 of 5 failed: tests/test_toys.py::test_false"),
@@ -177,7 +183,7 @@ def test_tests_run_in_one_call(verify: Verify, project: Path) -> None:
     code, printed = verify(*rows, arguments=("--", "-p", "no:cacheprovider"))
     assert code == 1
     failed = [line for line in printed.splitlines() if line.startswith("FAILED toys.yaml")]
-    assert "All hold: 1 of 6 failed" in failed[0] and "Unknown" in failed[1]
+    assert "All hold: 1 of 8 failed" in failed[0] and "Unknown" in failed[1]
     # Tests that two rows name ran once.
     assert (project / "build/verify/junit.xml").read_text().count('name="test_sizes[1]"') == 1
 
@@ -198,6 +204,25 @@ def test_the_worst_of_several_runs_counts(verify: Verify, project: Path) -> None
     row = SHOWN | {"evidence": [OTHERS.format("test_skipped")]}
     code, printed = verify(row, arguments=("--junit", str(folder)))
     assert code == 1 and "test_skipped" in printed
+
+
+def test_a_file_that_can_not_be_imported_fails_by_name(verify: Verify, project: Path) -> None:
+    case = '<testcase classname="" name="tests.test_toys"><error message="no">no</error></testcase>'
+    (project / "junit.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    code, printed = verify(SHOWN)
+    assert code == 1 and "Toys roll: 1 of 1 failed: tests/test_toys.py" in printed
+
+
+def test_what_a_run_leaves_out_by_hand_fails(verify: Verify) -> None:
+    code, printed = verify(SHOWN, arguments=("--", "-k", "test_one or test_left_out"))
+    assert code == 1 and "or it did not run" in printed
+
+
+def test_pytest_that_fails_without_a_test_is_a_failure(verify: Verify, project: Path) -> None:
+    hook = "def pytest_sessionfinish(session): session.exitstatus = 1"
+    (project / "tests" / "conftest.py").write_text(hook)
+    code, printed = verify(SHOWN, arguments=("--", "-p", "no:cacheprovider"))
+    assert code == 1 and "exit code 1, and no test failed" in printed
 
 
 def test_files_of_no_promises_are_one_line(verify: Verify, project: Path) -> None:
