@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from flamingo_fast.namespace import NAMESPACE
 from flamingo_fast.schedule import one_medium_schedule, several_media_rows
 from flamingo_fast.watchers import is_watched
 
@@ -816,7 +817,7 @@ pytree.register_pytree_node(
     MediaLayout,
     _flatten,
     _unflatten,
-    serialized_type_name="flamingo_fast.MediaLayout",
+    serialized_type_name=f"{NAMESPACE}.MediaLayout",
     to_dumpable_context=list,
     from_dumpable_context=list,
     flatten_with_keys_fn=_flatten_with_keys,

@@ -13,14 +13,14 @@ PACKAGE = ROOT / "flamingo_fast"
 # Lowest first; a module imports its own layer and those before it. `flamingo_fast` is the package's
 # __init__.py, which offers what the layers before it have.
 LAYERS = (
-    {"reference", "schedule", "layout", "nvtx", "ranges", "watchers", "gpus"},
+    {"reference", "schedule", "layout", "namespace", "nvtx", "ranges", "watchers", "gpus"},
     {"kernels"},
     {"ops"},
     {"modules"},
     {"models"},
     {"training", "patching"},
     {"flamingo_fast"},
-    {"testing", "doctor"},
+    {"testing", "doctor", "hub"},
     {"bench", "profiling"},
     {"cli"},
 )
@@ -136,6 +136,6 @@ def test_reference_imports_torch_only(name: str) -> None:
     }
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     # What MediaLayout.plot imports when it is called.
-    imports -= {"flamingo_fast.layout", "flamingo_fast.schedule", "flamingo_fast.watchers"}
+    imports -= {f"flamingo_fast.{name}" for name in ("layout", "namespace", "schedule", "watchers")}
     imports -= {"matplotlib"}
     assert {name.partition(".")[0] for name in imports} - set(sys.stdlib_module_names) == {"torch"}

@@ -15,7 +15,7 @@ import flamingo_fast
 from flamingo_fast.cli.app import app
 from flamingo_fast.ops.dispatch import BackendUnavailableError
 
-_MACHINE = ("kernels", "bench", "tune", "accept", "profile", "profile_run")
+_MACHINE = ("kernels", "bench", "tune", "accept", "profile", "profile_run", "export_kernels")
 # In the order that --help has.
 for _name in (*_MACHINE, "models", "patch", "data", "train", "demo", "verify"):
     importlib.import_module(f"flamingo_fast.cli.{_name}")
