@@ -8,6 +8,7 @@ object with the traceback of each check, or null.
 import copy
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -295,7 +296,23 @@ def metadata() -> None:
         assert all(actual.files[name] == value for name, value in found.digest.files.items())
 
 
-CHECKS = (training, inference, autocast, compiled, beside_each_other, triton_kernels, metadata)
+def readme() -> None:
+    """Its example runs, in the repository."""
+    text = (REPOSITORY / "README.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    os.chdir(REPOSITORY)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    layers = names["ops"].layers
+    if not torch.cuda.is_available():
+        assert names["model"][1].forward.__func__ is layers.RMSNorm.forward
+    assert torch.equal(names["out"], names["x"])  # The gate is 0.
+
+
+CHECKS = (
+    *(training, inference, autocast, compiled),
+    *(beside_each_other, triton_kernels, metadata, readme),
+)
 
 
 def main() -> None:

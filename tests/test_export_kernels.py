@@ -21,7 +21,7 @@ from flamingo_fast.hub.export import BACKENDS, export
 HUB = Path(sys.prefix) / "hub"
 CHECKS = (
     *("training", "inference", "autocast", "compiled"),
-    *("beside_each_other", "triton_kernels", "metadata"),
+    *("beside_each_other", "triton_kernels", "metadata", "readme"),
 )
 
 

@@ -50,7 +50,7 @@ def repository() -> dict[str, str]:
     """The text of every file of the repository by its path."""
     sources = _closure()
     names = {name: "layers.py" if name == _LAYERS else name for name in sources}
-    package = {names[name]: _relative(text, names[name], sources) for name, text in sources.items()}
+    package = {names[name]: _relative(text, names[name]) for name, text in sources.items()}
     package["__init__.py"] = _init()
     for folder in sorted({Path(name).parent for name in package} - {Path()}):
         package.setdefault(f"{folder.as_posix()}/__init__.py", "")
@@ -100,7 +100,7 @@ def _files_of(node: ast.ImportFrom) -> Iterator[str]:
         yield name
 
 
-def _relative(text: str, name: str, known: Mapping[str, str]) -> str:
+def _relative(text: str, name: str) -> str:
     """`text`, which is to be the file `name` of the package, without absolute imports of it."""
     lines = text.splitlines(keepends=True)
     dots = "." * len(Path(name).parts)
