@@ -38,18 +38,24 @@ timed = @start=$$(date +%s); { $(2); } && echo "$(1): $$(( $$(date +%s) - start 
 ifndef BESIDE
 .NOTPARALLEL:
 endif
-.PHONY: check lint test coverage test-transformers test-lowest test-nsys accept-cpu verify verify-collected bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
+.PHONY: check lint docs test coverage test-transformers test-lowest test-nsys accept-cpu verify verify-collected bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
 # First what is one process each, two at a time; then what takes all cores.
 check: $(STAMP) $(OTHER)/.installed
-	@$(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 lint accept-cpu test-nsys
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 lint docs accept-cpu test-nsys
 	@$(MAKE) --no-print-directory test test-transformers verify-collected
 
 lint: $(STAMP)
-	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
+	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	  $(BIN)/lint-imports)
 
 # How tests ended, for verify-collected.
 JUNIT := build/junit
+
+# The site of docs/, into build/site; reads nothing from the net, and a warning is an error: but
+# with --quiet mkdocs would count none.
+docs: $(STAMP)
+	$(call timed,$@,NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build)
 
 test: $(STAMP)
 	@rm -f $(JUNIT)/test.xml
@@ -170,7 +176,7 @@ $(OTHER)/.installed: $(STAMP)
 	touch $@; echo "install: $$(( $$(date +%s) - start )) s"
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 distclean: clean

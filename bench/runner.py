@@ -20,7 +20,9 @@ from flamingo_fast.bench.plan import BASELINE
 from flamingo_fast.bench.plot import import_pyplot
 from flamingo_fast.bench.records import Environment
 from flamingo_fast.bench.section import Ratio, Section, median_half_width
-from flamingo_fast.bench.suites import STEP_TIME, SUITES, Settings, sections
+from flamingo_fast.bench.settings import Settings
+from flamingo_fast.bench.suites import SUITES, sections
+from flamingo_fast.bench.table3_suite import STEP_TIME
 from flamingo_fast.bench.tables import Table, bullets
 
 SCHEMA = 1

@@ -1,11 +1,8 @@
 """What `flamingo-fast bench` can measure, by name: each suite gives parts of one report."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import torch
 
 from flamingo_fast.bench import (
     attention,
@@ -22,83 +19,19 @@ from flamingo_fast.bench import (
     report,
     run,
     several_media,
-    table3_report,
     whole_model,
 )
 from flamingo_fast.bench.registry import DTYPES
 from flamingo_fast.bench.section import Figure, Ratio, Section
-from flamingo_fast.bench.table3 import Prediction, predict
-from flamingo_fast.bench.table3_data import RealData
-from flamingo_fast.bench.table3_measured import Measurement, Session, Store, check_rows
-from flamingo_fast.bench.table3_scales import SCALES
-from flamingo_fast.models.presets import table3_configs
+from flamingo_fast.bench.settings import Progress, Settings, Suite, one_line
+from flamingo_fast.bench.table3_suite import STEP_TIME as STEP_TIME
+from flamingo_fast.bench.table3_suite import check_table3, measure_table3, seconds_of_table3
+from flamingo_fast.bench.table3_suite import table3_section as table3_section
 
 # Of a headline, over all of its cases: rounds next to each other are more alike than runs are.
 _PASSES = 7
 _DECODE = "GatedCrossAttentionBlock_decode"
 _MODULES = tuple(name for name in modules.BENCHMARKS if name != _DECODE)
-
-STEP_TIME = "step time over the baseline's"
-"""What a ratio of table 3 is of."""
-
-Progress = Callable[[str, float], None]
-"""Is told what runs, and which part of the suite is done."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a user chose.
-
-    Attributes:
-        ops, shapes, dtypes, modes, providers: see `plan.make_plan`.
-        op_shapes: in place of ops and shapes, some of them.
-        quick: small and short.
-        cases: of "patch", families or cases of them.
-        preset: of "model", a whole model that is built, too.
-        scale, rows, pairs, impl, data: of "table3"; data: a folder of real samples.
-        out: where a suite writes what a stopped run goes on from.
-        about: what that depends on.
-        resume: whether to go on.
-    """
-
-    device: torch.device
-    ops: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    op_shapes: tuple[tuple[str, str], ...] = ()
-    quick: bool = False
-    cases: tuple[str, ...] = ()
-    preset: str | None = None
-    scale: str = "mini"
-    rows: tuple[str, ...] = ()
-    pairs: int = 9
-    impl: str = "auto"
-    data: Path | None = None
-    out: Path | None = None
-    about: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    resume: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """Something to measure.
-
-    Attributes:
-        about: for people.
-        run: gives its sections; the last one may say that it was interrupted.
-        seconds: about how long that takes on 2 cores.
-        check: raises ValueError for settings that it can't run with.
-        options: of `Settings`, those that it minds beside `quick`.
-    """
-
-    name: str
-    about: str
-    run: Callable[[Settings, Progress], Iterator[Section]]
-    seconds: Callable[[Settings], float]
-    check: Callable[[Settings], object]
-    options: tuple[str, ...] = ()
 
 
 def _names_of(suite: str) -> tuple[str, ...]:
@@ -154,10 +87,6 @@ def _timed(settings: Settings, progress: Progress, chosen: plan.Plan, name: str)
         done += 1
 
     return run.run(chosen, settings.device, tell)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def section_of(name: str, title: str, results: run.Results) -> Section:
@@ -301,120 +230,6 @@ def _patch(settings: Settings, progress: Progress) -> Iterator[Section]:
         pairs = [before / after for before, after in zip(*each.seconds, strict=True)]
         section.ratios.append(Ratio.of_pairs(name, "x after patch", pairs))
     yield section
-
-
-def _table3(settings: Settings, progress: Progress) -> Iterator[Section]:
-    scale = SCALES[settings.scale]
-    rows = check_rows(settings.rows)
-    progress("table3: counting", 0.0)
-    predictions = predict()
-    store = None
-    measured: dict[str, Measurement] = {}
-    if settings.out is not None:
-        about = {
-            **settings.about,
-            "scale": scale.name,
-            "pairs": settings.pairs,
-            "impl": settings.impl,
-            "data": str(settings.data),
-        }
-        store = Store(settings.out / "table3.jsonl", about, resume=settings.resume)
-        measured = store.read()
-    kept = [row for row in rows if row in measured]
-    is_interrupted, failures = False, []
-    missing = [row for row in rows if row not in measured]
-    if missing:
-        session = Session(
-            scale, missing, settings.pairs, settings.device, settings.impl, _data(settings)
-        )
-        total = session.total_steps
-        session.progress = lambda row, steps: progress(
-            f"table3 {scale.name}: {row}", min(steps / total, 1.0)
-        )
-        try:
-            for each in session.run():
-                measured[each.row] = each
-                if store is not None:
-                    store.add(each)
-        except KeyboardInterrupt:
-            is_interrupted = True
-        # What is measured is worth more than a traceback: memory that runs out, a loss that is NaN.
-        except (ArithmeticError, RuntimeError, ValueError) as error:
-            failures.append(one_line(error))
-    found = [measured[row] for row in rows if row in measured]
-    section = table3_section(found, predictions)
-    section.is_interrupted, section.failures = is_interrupted, failures
-    if settings.resume:
-        section.notes.append(
-            f"{len(kept)} of {len(rows)} rows are of an earlier run of this commit, machine and "
-            "settings."
-        )
-    if settings.out is not None and found:
-        table3_report.write_csv(found, predictions, settings.out / "table3.csv")
-    yield section
-
-
-def table3_section(measured: Sequence[Measurement], predictions: Sequence[Prediction]) -> Section:
-    """Of rows that were measured, maybe none."""
-    section = Section("table3", "Table 3")
-    if not measured:
-        return section
-    section.tables = table3_report.tables(measured, predictions)
-    sentence = table3_report.every_4th(measured, predictions)
-    rows = table3_report.rows_of(measured, predictions)
-    section.sentences = [
-        *([sentence] if sentence else []),
-        *table3_report.explanations(rows),
-    ]
-    impl = measured[0].impl
-    for row, each in zip(rows, measured, strict=True):
-        name = f"table3 {each.scale} {each.row}"
-        if not row.is_itself:
-            section.ratios.append(Ratio.of_pairs(name, STEP_TIME, each.ratios))
-        if each.speedups:
-            section.ratios.append(Ratio.of_pairs(name, f"x vs {impl}", each.speedups))
-    section.figures = [
-        Figure.of(
-            "table3",
-            "Table 3: the paper's, measured and predicted step times over the baseline's",
-            table3_report.plot_ratios(measured, predictions),
-        ),
-        Figure.of(
-            "tradeoff",
-            "The trade-off: measured time and memory against the paper's score",
-            table3_report.plot_tradeoff(measured, predictions),
-        ),
-    ]
-    return section
-
-
-def _data(settings: Settings) -> RealData | None:
-    if settings.data is None:
-        return None
-    return RealData(settings.data, SCALES[settings.scale], settings.device)
-
-
-def _check_table3(settings: Settings) -> None:
-    if settings.scale not in SCALES:
-        raise ValueError(f"scale: expected one of {', '.join(SCALES)}; got {settings.scale!r}")
-    check_rows(settings.rows)
-    Session(SCALES["micro"], (), settings.pairs, settings.device, settings.impl)
-    if settings.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {str(settings.device)!r}")
-    # Shards that can't be read are found out before hours of measuring.
-    if data := _data(settings):
-        configs = table3_configs()
-        for datasets in dict.fromkeys(configs[row].datasets for row in check_rows(settings.rows)):
-            config = dataclasses.replace(configs["baseline"], datasets=datasets)
-            data.batches(data.config(SCALES[settings.scale].config(config)))
-
-
-def _table3_seconds(settings: Settings) -> float:
-    scale = SCALES[settings.scale]
-    rows = check_rows(settings.rows)
-    session = Session(scale, rows, settings.pairs, settings.device, settings.impl)
-    gflops = scale.flops(session.configs["baseline"]).total / 1e9
-    return session.total_steps * gflops / 100
 
 
 def sections(suite: Suite, settings: Settings, progress: Progress) -> Iterator[Section]:
@@ -567,9 +382,9 @@ SUITES: dict[str, Suite] = {
         Suite(
             "table3",
             "the paper's table 3: measured step times beside printed and predicted ones",
-            _table3,
-            _table3_seconds,
-            _check_table3,
+            measure_table3,
+            seconds_of_table3,
+            check_table3,
             ("scale", "rows", "pairs", "impl", "data", "resume"),
         ),
         Suite(

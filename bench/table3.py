@@ -202,6 +202,12 @@ def agreements(predictions: Sequence[Prediction]) -> dict[str, Agreement]:
     }
 
 
+def left_out(predictions: Sequence[Prediction]) -> str:
+    """In words, how far off the fit is of rows that it was not made with."""
+    error = leave_one_out(predictions)
+    return f"a row that its fit leaves out is off by {error:.3f} on average"
+
+
 def _notes(predictions: Sequence[Prediction]) -> list[str]:
     fit = Fit.to_paper(of_table3(predictions))
     of = agreements(predictions)
@@ -212,8 +218,7 @@ def _notes(predictions: Sequence[Prediction]) -> list[str]:
         f"flops + params: fitted to the paper's step times: {fit.seconds_per_pflop:.3f} s for each "
         f"PFLOP and {fit.seconds_per_billion_trainable:.4f} s for each billion of trainable "
         f"parameters in each pass over a dataset. Against the paper's ratios: "
-        f"{of['flops + params']}; by fits that leave a row out, its own error is "
-        f"{leave_one_out(predictions):.3f} on average.",
+        f"{of['flops + params']}; {left_out(predictions)}.",
     ]
 
 

@@ -17,7 +17,7 @@ from flamingo_fast.bench.table3 import (
     Ratios,
     agreements,
     differing,
-    leave_one_out,
+    left_out,
     of_table3,
     ratios,
 )
@@ -201,10 +201,7 @@ def agreement_table(rows: Sequence[Row], predictions: Sequence[Prediction]) -> T
     notes = []
     if len(differing(predictions)) >= 3:
         found += [(name, "paper", each) for name, each in agreements(predictions).items()]
-        notes.append(
-            "flops + params is fitted to the paper; a row that its fit leaves out is off by "
-            f"{leave_one_out(predictions):.3f} on average."
-        )
+        notes.append(f"flops + params is fitted to the paper; {left_out(predictions)}.")
     return Table(
         "Table 3: how near ratios are to each other",
         ("ratios", "against", "rank correlation", "mean error", "rows"),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,13 @@ _GRACE_S = 5.0
 _MAX_LOG_OF_STAGE = MAX_LOG // 10
 
 
-def environment(
-    device: torch.device, tuned: Path, base: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Of a stage's process: `base`, by default this one's, without what would change timings.
+def environment(device: torch.device, tuned: Path) -> dict[str, str]:
+    """Of a stage's process: this one's without what would change timings.
 
     Arguments:
         tuned: a folder where kernels look for what tuning found, and nowhere else.
     """
-    values = dict(os.environ if base is None else base)
+    values = dict(os.environ)
     values["FLAMINGO_FAST_CACHE"] = str(tuned.absolute())
     # Launches that wait for each other can't be captured, and have other times.
     values.pop("CUDA_LAUNCH_BLOCKING", None)

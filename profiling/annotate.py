@@ -4,7 +4,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -34,12 +33,7 @@ class Annotation:
     def __enter__(self) -> "Annotation":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 

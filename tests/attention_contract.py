@@ -20,6 +20,20 @@ from flamingo_fast.testing.inputs import random_tensor
 BF16 = torch.bfloat16
 
 
+def locations_at(images=((2, 5), (0, 1, 9)), seqlen=12) -> torch.Tensor:
+    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
+    for sample, positions in enumerate(images):
+        locations[sample, list(positions)] = True
+    return locations
+
+
+def previous_layout(num_media=2, media_seqlens=None, **images) -> ff.MediaLayout:
+    """By default with tokens before the first medium and past the last one."""
+    return ff.MediaLayout.from_media_locations(
+        locations_at(**images), num_media, media_seqlens=media_seqlens
+    )
+
+
 def inputs_of(layout, dtype=BF16, frozen=(), num_keys=8, device="cpu") -> dict[str, torch.Tensor]:
     """Four query heads, two key/value heads, a head dim of 16."""
     media_shape = (layout.media_total, num_keys, 2, 16)
@@ -142,6 +156,28 @@ def run_on_meta(layout, frozen=(), num_keys=8, **options) -> list[str]:
         wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
         torch.autograd.grad(out, wanted, torch.empty_like(out))
     return [launch.kernel.fn.__name__ for launch in launches]
+
+
+def check_built_without_host_sync(make_layout) -> None:
+    """Of a function that makes a layout on the meta device."""
+    with no_host_sync():
+        layout = make_layout()
+        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
+    assert layout.device.type == "meta"
+    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+
+
+def check_planted_sync(monkeypatch, ops: ModuleType, planted: str, layout) -> None:
+    """Of the function `planted` of `ops`, the test of host syncs notices one."""
+    real = getattr(ops, planted)
+
+    def synchronising(first, *rest):
+        first.sum().item()
+        return real(first, *rest)
+
+    monkeypatch.setattr(ops, f"{planted}_op", synchronising)
+    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
+        run_on_meta(layout, impl="triton")
 
 
 def peak_bytes(function) -> int:

@@ -8,8 +8,9 @@ import importlib.metadata
 import importlib.util
 import os
 import subprocess
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Triton decides at import whether kernels are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "TEST_DEVICE" in os.environ else "1")
@@ -47,6 +48,22 @@ def threads() -> Iterator[None]:
     yield
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `flamingo-fast` with arguments; returns (exit code, stdout, stderr)."""
+    from flamingo_fast import cli
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flamingo-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return command
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flamingo_fast.patching import PatchReport, patch, unpatch
-from flamingo_fast.testing.compare import compare
+from flamingo_fast.testing.compare import assert_close_to_oracle, compare
 
 _FEW = 32
 # Of the largest gradient, in fp64.
@@ -117,6 +117,18 @@ def check_close(
         if not dataclasses.replace(found, drift_ulp=0.0).ok:
             failed.append(str(found))
     assert not failed, "\n".join(["not close to the oracle:", *failed])
+
+
+def check_bf16_without_gradients(
+    model: nn.Module, forward: Callable[[nn.Module], torch.Tensor], **options: Any
+) -> None:
+    """Before and after patch, and in fp64, by the rule of tolerance; `model` is left alone."""
+    ours = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        eager, oracle = forward(ours), forward(copy.deepcopy(ours).double())
+        patch(ours, **options)
+        fast = forward(ours)
+    assert_close_to_oracle({"out": fast}, {"out": eager}, {"out": oracle})
 
 
 def assert_same_bits(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:

@@ -1,7 +1,6 @@
 """What masked_cross_attention and MediaLayout promise beside the values."""
 
 import copy
-import dataclasses
 import functools
 import pickle
 
@@ -12,14 +11,18 @@ from attention_contract import (
     BF16,
     HostSyncError,
     assert_equal,
+    check_built_without_host_sync,
+    check_planted_sync,
     inputs_of,
+    locations_at,
+    no_host_sync,
     peak_bytes,
+    previous_layout,
     run_layout,
     run_on_meta,
     use_real_launchers,
     with_checkpoint,
 )
-from attention_contract import no_host_sync as _no_host_sync
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.utils import _apply_to_tensors, _to_kwargs
 from torch.utils import _pytree as pytree
@@ -41,32 +44,18 @@ frozen_or_not = pytest.mark.parametrize(
 )
 
 
-def _locations(images=((2, 5), (0, 1, 9)), seqlen=12) -> torch.Tensor:
-    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
-    for sample, positions in enumerate(images):
-        locations[sample, list(positions)] = True
-    return locations
-
-
-def _layout(num_media=2, media_seqlens=None, **images) -> ff.MediaLayout:
-    """By default with tokens before the first medium and past the last one."""
-    return ff.MediaLayout.from_media_locations(
-        _locations(**images), num_media, media_seqlens=media_seqlens
-    )
-
-
 def _with_seqlens() -> ff.MediaLayout:
-    return _layout(media_seqlens=torch.tensor([5, 8, 0, 3]))
+    return previous_layout(media_seqlens=torch.tensor([5, 8, 0, 3]))
 
 
 def _split() -> ff.MediaLayout:
     """Both media have more rows than a work item takes."""
-    layout = _layout(images=((3, 171),), seqlen=340)
+    layout = previous_layout(images=((3, 171),), seqlen=340)
     assert (layout.split_media[:, 0] >= 0).all()
     return layout
 
 
-LAYOUTS = {"whole": _layout, "media_seqlens": _with_seqlens, "split": _split}
+LAYOUTS = {"whole": previous_layout, "media_seqlens": _with_seqlens, "split": _split}
 every_layout = pytest.mark.parametrize("make_layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
@@ -75,7 +64,7 @@ every_layout = pytest.mark.parametrize("make_layout", LAYOUTS.values(), ids=LAYO
 @every_impl
 def test_compile_fullgraph(impl, checkpointed, layout_inside, guarded):
     layout = _with_seqlens()
-    locations = _locations()
+    locations = locations_at()
 
     def wrap(function):
         attend = with_checkpoint(function) if checkpointed else function
@@ -100,13 +89,13 @@ def test_compile_with_inductor():
     except Unavailable as reason:
         pytest.skip(f"needs apt package g++ or python3-dev: {reason}")
 
-    locations = _locations()
+    locations = locations_at()
 
     def function(q, k, v):
         layout = ff.MediaLayout.from_media_locations(locations, 2)
         return torch.relu(ff.masked_cross_attention(q, k, v, layout, impl="triton"))
 
-    inputs = inputs_of(_layout(), torch.float32)
+    inputs = inputs_of(previous_layout(), torch.float32)
     run = functools.partial(
         outputs_and_gradients,
         inputs=inputs,
@@ -151,7 +140,7 @@ def test_fake_tensors_have_the_real_metadata(impl, make_layout, frozen):
 
 def test_gradients_of_halves_of_one_projection_are_halves_too():
     """Halves of one memory, in the projection's order."""
-    layout = _layout()
+    layout = previous_layout()
     q, _, _ = inputs_of(layout, torch.float32).values()
     projected = random_tensor((4, 8, 2, 2, 16), seed=5)
     k, v = (half.requires_grad_() for half in projected.unbind(2))
@@ -183,7 +172,7 @@ def test_activation_checkpointing(impl, make_layout, guarded):
 
 @every_impl
 def test_double_backward_raises(impl):
-    layout = _layout()
+    layout = previous_layout()
     inputs = inputs_of(layout)
     out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
     (dq,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
@@ -202,13 +191,15 @@ def test_autocast_changes_no_bit(impl, dtype, choice):
 
         return under_autocast
 
-    run = functools.partial(run_layout, _layout(), impl, dtype, unattended=choice, past_last=choice)
+    run = functools.partial(
+        run_layout, previous_layout(), impl, dtype, unattended=choice, past_last=choice
+    )
     assert_equal(run(wrap=wrap), run())
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
 def test_autocast_keeps_the_dtype_of_other_implementations(impl):
-    layout = _layout()
+    layout = previous_layout()
     inputs = inputs_of(layout, torch.float32)
     with torch.autocast("cpu", BF16):
         out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
@@ -242,8 +233,8 @@ BATCH = ((4,), (1, 9, 10, 20, 33))
 @pytest.mark.parametrize("sample", [0, 1])
 def test_a_sample_does_not_depend_on_the_batch(sample, dtype, impl, guarded):
     counts = [len(positions) for positions in BATCH]
-    together = _layout(counts, images=BATCH, seqlen=40)
-    alone = _layout(counts[sample], images=BATCH[sample : sample + 1], seqlen=40)
+    together = previous_layout(counts, images=BATCH, seqlen=40)
+    alone = previous_layout(counts[sample], images=BATCH[sample : sample + 1], seqlen=40)
     q, k, v = (tensor.detach().to(dtype) for tensor in inputs_of(together).values())
     media = slice(sum(counts[:sample]), sum(counts[: sample + 1]))
     everything = ff.masked_cross_attention(q, k, v, together, impl=impl)
@@ -253,7 +244,7 @@ def test_a_sample_does_not_depend_on_the_batch(sample, dtype, impl, guarded):
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 def test_last_tokens_are_those_of_the_whole_text(num_tokens, guarded):
-    layout = _layout([1, 5], images=BATCH, seqlen=40)
+    layout = previous_layout([1, 5], images=BATCH, seqlen=40)
     q, k, v = (tensor.detach() for tensor in inputs_of(layout).values())
     whole = ff.masked_cross_attention(q, k, v, layout, impl="triton")
     first = 40 - num_tokens
@@ -283,7 +274,7 @@ def _item_and_kv_bytes(layout, k: torch.Tensor) -> int:
     return kv_heads * (items * 16 + with_medium * 2 * medium_head_bytes)
 
 
-@pytest.mark.parametrize("make_layout", [_layout, _split], ids=["whole", "split"])
+@pytest.mark.parametrize("make_layout", [previous_layout, _split], ids=["whole", "split"])
 def test_frozen_media_move_no_bytes_of_dk_and_dv(make_layout):
     layout = make_layout()
     launches, inputs = _launches(layout, ("k", "v"), backward=True)
@@ -297,7 +288,7 @@ def test_frozen_media_move_no_bytes_of_dk_and_dv(make_layout):
 
 @pytest.mark.parametrize("frozen", [("q",), ("q", "k"), ("q", "v")], ids=lambda n: "".join(n))
 def test_frozen_queries_move_no_bytes_of_dq(frozen):
-    launches, inputs = _launches(_layout(), frozen, backward=True)
+    launches, inputs = _launches(previous_layout(), frozen, backward=True)
     assert [launch.kernel for launch in launches] == ["_one_medium_bwd_kernel"]
     assert launches[0].bytes_stored == 2 * inputs["k"].nbytes
 
@@ -314,7 +305,7 @@ def test_frozen_inputs_change_no_other_gradient(impl, make_layout, frozen, guard
 
 @pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["training", "inference"])
 def test_the_log_sum_is_stored_for_a_backward_only(frozen):
-    layout = _layout()
+    layout = previous_layout()
     launches, inputs = _launches(layout, frozen, backward=False)
     log_sums = 0 if frozen else 4 * inputs["q"].shape[:3].numel()
     assert launches[0].bytes_stored == inputs["q"].nbytes + log_sums
@@ -325,7 +316,7 @@ def test_the_log_sum_is_stored_for_a_backward_only(frozen):
 def test_saved_for_backward(impl, num_media, guarded):
     """q, k, v, the layout and a log-sum a row and head: nothing of L * N."""
     images = (tuple(range(0, 60, 60 // num_media)),)
-    layout = _layout(num_media, images=images, seqlen=60)
+    layout = previous_layout(num_media, images=images, seqlen=60)
     inputs = inputs_of(layout, num_keys=80 // num_media)
     given = [*inputs.values(), *(leaf for leaf in pytree.tree_leaves(layout) if leaf is not None)]
     given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
@@ -367,7 +358,7 @@ META_MASK = META > 0
     ],
 )
 def test_host_syncs_are_noticed(synchronise):
-    with _no_host_sync(), pytest.raises(HostSyncError):
+    with no_host_sync(), pytest.raises(HostSyncError):
         synchronise()
 
 
@@ -387,18 +378,14 @@ LAYOUTS_ON_META = {
     "last": lambda: from_locations(3).last(200),
     "cat_of_samples": lambda: ff.MediaLayout.cat([from_locations(2), from_locations(1)]),
     "cat_of_text": lambda: ff.MediaLayout.cat([from_locations(3), from_locations(3)], dim=1),
-    "to": lambda: _layout(images=((2, 5), (1, 9)), seqlen=300).to("meta"),
+    "to": lambda: previous_layout(images=((2, 5), (1, 9)), seqlen=300).to("meta"),
     "to_with_media_seqlens": lambda: _with_seqlens().to("meta"),
 }
 
 
 @pytest.mark.parametrize("make_layout", LAYOUTS_ON_META.values(), ids=LAYOUTS_ON_META.keys())
 def test_layouts_are_built_without_a_host_sync(make_layout):
-    with _no_host_sync():
-        layout = make_layout()
-        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
-    assert layout.device.type == "meta"
-    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+    check_built_without_host_sync(make_layout)
 
 
 @pytest.fixture
@@ -436,148 +423,7 @@ def test_the_torch_side_makes_no_host_sync(name, options, real_launchers):
 
 @pytest.mark.parametrize("planted", ["_forward", "_backward"])
 def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
-    real = getattr(one_medium_attention, planted)
-
-    def synchronising(first, *rest):
-        first.sum().item()
-        return real(first, *rest)
-
-    monkeypatch.setattr(one_medium_attention, f"{planted}_op", synchronising)
-    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
-        run_on_meta(from_locations(3), impl="triton")
-
-
-LARGEST, LOWEST = 2**31 - 1, -(2**31)
-
-
-@pytest.mark.parametrize(
-    ("field", "row"),
-    [
-        ("work_items", (LARGEST, 0, 20, -1)),
-        ("work_items", (LOWEST, 3, 20, 0)),
-        ("work_items", (2, 0, 9, 1)),
-        ("work_items", (0, LOWEST, 30, -1)),
-        ("work_items", (1, -5, LARGEST, 0)),
-        ("work_items", (1, 290, 700, -1)),
-        ("work_items", (1, LARGEST, LARGEST, 0)),
-        ("work_items", (1, 2**30, 300, 0)),
-        ("work_items", (-1, 2**30 + 7, 2**30 + 9, 0)),
-        ("work_items", (-1, -9, LARGEST, 0)),
-        ("work_items", (0, 0, LOWEST + 5000, -1)),
-        ("work_items", (-1, 0, LOWEST + 5000, -1)),
-        ("work_items", (0, 5, 9, LARGEST)),
-        ("work_items", (0, 5, 9, LOWEST)),
-        ("work_items", (0, 5, 9, 4)),
-        ("split_media", (LARGEST, 0, 2)),
-        ("split_media", (LOWEST, 0, 2)),
-        ("split_media", (2, 0, 2)),
-        ("split_media", (0, LOWEST, LARGEST)),
-        ("split_media", (0, LARGEST, LOWEST)),
-        ("split_media", (1, 3, 5)),
-    ],
-    ids=str,
-)
-def test_kernels_stay_in_bounds_whatever_a_layout_holds(field, row):
-    """One row alone: two that claim the same tokens would be a race, reported first."""
-    layout = _layout(images=((3, 171),), seqlen=340)
-    hostile = dataclasses.replace(layout, **{field: torch.tensor([row], dtype=torch.int32)})
-    with guard() as guarded:
-        run_layout(hostile, "triton")
-    assert [launch.kernel for launch in guarded.launches] == [
-        "_one_medium_fwd_kernel",
-        "_one_medium_bwd_kernel",
-        "_sum_split_media_kernel",
-    ]
-
-
-@pytest.mark.parametrize(("row", "clamped"), [(LARGEST, 23), (24, 23), (LOWEST, 0), (-1, 0)])
-def test_kernels_stay_in_bounds_whatever_the_order_of_rows(row, clamped):
-    """In the place of the row that it is clamped to, so that no row is in two items."""
-    layout = _layout(images=((0, 5), (0, 11)))
-    layout = ff.MediaLayout.from_intervals(layout.media_start, layout.media_end, 2, 1)
-    hostile = torch.where(layout.row_index == clamped, row, layout.row_index).int()
-    assert (hostile == row).sum() == 1
-    with guard() as guarded:
-        found = run_layout(dataclasses.replace(layout, row_index=hostile), "triton")
-    assert len(guarded.launches) == 2
-    assert_equal(found, run_layout(layout, "triton"))
-
-
-def test_kernels_stay_in_bounds_whatever_lengths_media_have():
-    lengths = torch.tensor([LARGEST, LOWEST, -1, 9], dtype=torch.int32)
-    hostile = dataclasses.replace(_layout(), media_seqlens=lengths)
-    sound = _layout(2, torch.tensor([8, 0, 0, 8]))
-    with guard():
-        assert_equal(run_layout(hostile, "triton"), run_layout(sound, "triton"))
-
-
-def test_an_item_across_samples_ends_with_its_own():
-    layout = _layout(images=((0, 5), (0, 5)))
-    items = torch.tensor([[0, 4, 20, -1], [-1, 20, LARGEST, 5]], dtype=torch.int32)
-    layout = dataclasses.replace(layout, work_items=items)
-    with guard():
-        out = ff.masked_cross_attention(**inputs_of(layout), layout=layout, impl="triton")
-    written = out.detach().isfinite().all(-1).all(-1).flatten()
-    assert written.tolist() == [4 <= row < 12 or row >= 20 for row in range(24)]
-
-
-@pytest.mark.parametrize("values", [(-3, 6), (LOWEST, LARGEST), (0, 400)], ids=str)
-def test_schedules_of_garbage_are_built_and_stay_in_bounds(values):
-    """As of intervals on a GPU, which nobody validates; a row that they make no sense of is 0."""
-    generator = torch.Generator().manual_seed(0)
-    layout = _layout(images=((0, 90), (5, 40)), seqlen=100)
-    start, end = layout.media_start.clone(), layout.media_end.clone()
-    hostile = torch.rand(start.shape, generator=generator) < 0.3
-    for bound in (start, end):
-        garbage = torch.randint(*values, bound.shape, dtype=torch.int32, generator=generator)
-        bound[hostile] = garbage[hostile]
-    layout = ff.MediaLayout._with_schedule(
-        start, end, layout.cu_media, None, 4, 2, 1, in_order=False
-    )
-    with guard() as guarded:
-        found = run_layout(layout, "triton")
-    assert len(guarded.launches) == 2
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    flat = layout.cu_media[:-1, None] + start
-    exists = (end > start) & (flat >= 0) & (flat < 4)
-    assert exists.any() and not exists.all()
-    assert (found["out"].abs().sum((2, 3)) > 0).equal(exists)
-
-
-def test_rows_of_media_beyond_media_total_get_nothing(guarded):
-    """Counts on a GPU that add up to more than they are said to."""
-    layout = _layout(images=((0, 5), (2, 8)), seqlen=12)
-    cu_media = torch.tensor([0, 2, 4]).clamp(max=3).int()
-    limit = (cu_media[1:] - cu_media[:-1])[:, None]
-    start, end = (torch.minimum(b, limit) for b in (layout.media_start, layout.media_end))
-    layout = ff.MediaLayout._with_schedule(start, end, cu_media, None, 3, 3, 1, in_order=True)
-    q, k, v = torch.randn(2, 12, 1, 8), *torch.randn(2, 3, 4, 1, 8)
-    out = ff.masked_cross_attention(q, k, v, layout, impl="triton")
-    assert out.isfinite().all() and (out[1, 8:] == 0).all() and (out[1, 2:8] != 0).all()
-
-
-def test_offsets_beyond_32_bits():
-    """Batch, token, head, medium and key of strides that only 64 bits count."""
-    far = 2**31 + 64
-    memory = torch.empty(far + 2**16, dtype=BF16)
-    layout = _layout(images=((0, 3), (1, 2)), seqlen=4)
-    near = {name: tensor.detach() for name, tensor in inputs_of(layout).items()}
-    views = {
-        "batch": (far, 2**9, 2**6, 1),
-        "token": (2**9, far // 3 // 8 * 8, 2**6, 1),
-        "head": (2**9, 2**11, far // 3 // 8 * 8, 1),
-    }
-    for strides in views.values():
-        q = memory.as_strided(near["q"].shape, strides).copy_(near["q"])
-        with guard():
-            out = ff.masked_cross_attention(q, near["k"], near["v"], layout, impl="triton")
-            expected = ff.masked_cross_attention(**near, layout=layout, impl="triton")
-        assert torch.equal(out, expected)
-    for strides in ((far // 3 // 8 * 8, 2**10, 2**6, 1), (2**6, far // 7 // 8 * 8, 2**9, 1)):
-        k = memory.as_strided(near["k"].shape, strides).copy_(near["k"])
-        with guard():
-            out = ff.masked_cross_attention(near["q"], k, near["v"], layout, impl="triton")
-        assert torch.equal(out, expected)
+    check_planted_sync(monkeypatch, one_medium_attention, planted, from_locations(3))
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():
@@ -596,7 +442,7 @@ def test_the_torch_implementation_allocates_little(batch, seqlen, media, dtype):
     """At most twice q at once, the results included but for dk and dv, which have k's size."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.randperm(seqlen, generator=generator)[:media].tolist() for _ in range(batch)]
-    layout = _layout(media, images=images, seqlen=seqlen)
+    layout = previous_layout(media, images=images, seqlen=seqlen)
     q_shape, k_shape = (batch, seqlen, 8, 64), (batch * media, 64, 8, 64)
     q, k, v, dout = (
         random_tensor(shape, dtype, seed=seed, requires_grad=seed < 3)
@@ -614,7 +460,7 @@ def test_the_torch_implementation_allocates_little(batch, seqlen, media, dtype):
 @pytest.mark.parametrize("frozen", [(), ("k", "v")], ids=["", "frozen_kv"])
 def test_decoding_reads_the_keys_of_one_medium(frozen):
     """Of nine media the last token attends to one: the others are not read."""
-    layout = _layout(9, images=(tuple(range(9)), tuple(range(9))), seqlen=12).last(1)
+    layout = previous_layout(9, images=(tuple(range(9)), tuple(range(9))), seqlen=12).last(1)
     for backward in (False, True):
         launches, inputs = _launches(layout, frozen, backward)
         medium_bytes = 2 * inputs["k"].nbytes // 18
@@ -664,7 +510,7 @@ def test_layouts_survive_what_wrappers_do_to_inputs(make_layout, move):
     assert_equal(run_layout(moved, "torch"), run_layout(layout, "torch"))
 
 
-@pytest.mark.parametrize("make_layout", [_layout, _with_seqlens])
+@pytest.mark.parametrize("make_layout", [previous_layout, _with_seqlens])
 def test_leaves_of_a_layout_are_its_tensors(make_layout):
     """A function of tensors can be mapped over it, as wrappers do."""
     layout = make_layout()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench import bench
+from bench_cases import bench
 
 from flamingo_fast.bench import (
     end_to_end,

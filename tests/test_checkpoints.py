@@ -1,14 +1,34 @@
 """Peers' state dicts to ours and back: OpenFlamingo's and flamingo-pytorch's from their own code,
 flamingo-mini's and Otter's from their lists of keys."""
 
-import importlib
-
 import pytest
 import torch
+from checkpoint_cases import (
+    DECODER_LAYERS,
+    DIM,
+    FRAMES,
+    MEDIA,
+    MINI_BLOCK,
+    MINI_RESAMPLER,
+    OTTER_BLOCK,
+    OTTER_RESAMPLER,
+    TEXT_DIM,
+    WHERE,
+    OpenFlamingo,
+    assert_same_tensors,
+    make_block,
+    make_model,
+    make_palm,
+    make_resampler,
+    make_state,
+    make_targets,
+    of_a_part,
+    resampled_by,
+    target_classes,
+)
 from torch import nn
 
-from flamingo_fast import modules
-from flamingo_fast.modules import checkpoints
+from flamingo_fast.modules import checkpoints, peer_layouts
 from flamingo_fast.modules.checkpoints import (
     PEERS,
     canonical_state_dict,
@@ -17,251 +37,19 @@ from flamingo_fast.modules.checkpoints import (
 )
 from flamingo_fast.testing import peers
 
-DIM, TEXT_DIM, HEADS, DIM_HEAD, LATENTS, FRAMES, MEDIA = 12, 20, 2, 4, 5, 3, 2
-HEAD_OPTIONS = {"dim_head": DIM_HEAD, "heads": HEADS}
-
-MINI_RESAMPLER = """
-latents 5 12
-time_pos_emb 3 1 12
-layers.{i}.0.norm_media.weight 12
-layers.{i}.0.norm_media.bias 12
-layers.{i}.0.norm_latents.weight 12
-layers.{i}.0.norm_latents.bias 12
-layers.{i}.0.to_q.weight 8 12
-layers.{i}.0.to_k.weight 8 12
-layers.{i}.0.to_v.weight 8 12
-layers.{i}.0.to_out.weight 12 8
-layers.{i}.1.0.weight 12
-layers.{i}.1.0.bias 12
-layers.{i}.1.1.weight 48 12
-layers.{i}.1.3.weight 12 48
-norm.weight 12
-norm.bias 12
-"""
-MINI_BLOCK = """
-alpha_attn 1
-alpha_ffw 1
-attn.norm.weight 20
-attn.norm.bias 20
-attn.to_q.weight 8 20
-attn.to_kv.weight 16 12
-attn.to_out.weight 20 8
-ffw.0.weight 20
-ffw.0.bias 20
-ffw.1.weight 80 20
-ffw.3.weight 20 80
-"""
-OTTER_RESAMPLER = """
-latents 5 12
-frame_embs 3 12
-layers.{i}.norm_media.weight 12
-layers.{i}.norm_media.bias 12
-layers.{i}.norm_latents.weight 12
-layers.{i}.norm_latents.bias 12
-layers.{i}.to_q.weight 8 12
-layers.{i}.to_kv.weight 16 12
-layers.{i}.to_out.weight 12 8
-layers.{i}.feed_forward.0.weight 12
-layers.{i}.feed_forward.0.bias 12
-layers.{i}.feed_forward.1.weight 48 12
-layers.{i}.feed_forward.3.weight 12 48
-norm.weight 12
-norm.bias 12
-"""
-OTTER_BLOCK = """
-attn_gate 1
-ff_gate 1
-attn.norm.weight 20
-attn.norm.bias 20
-attn.to_q.weight 8 20
-attn.to_kv.weight 16 12
-attn.to_out.weight 20 8
-feed_forward.0.weight 20
-feed_forward.0.bias 20
-feed_forward.1.weight 80 20
-feed_forward.3.weight 20 80
-"""
-# Where each whole model below keeps its parts, and what saving that in `peer_state_dict` takes.
-WHERE = {
-    "open_flamingo": ("perceiver.", "lang_encoder.model.layers.{i}.gated_cross_attn_layer."),
-    "flamingo_pytorch": ("perceiver_resampler.", "layers.{i}.1."),
-    "flamingo_mini": ("flamingo.resampler.", "flamingo.lm.h.{i}.xattn_block."),
-    "otter": ("perceiver.", "lang_encoder.transformer.blocks.{i}.gated_cross_attn_layer."),
-}
-DECODER_LAYERS = {
-    "open_flamingo": "model.layers",
-    "flamingo_mini": "h",
-    "otter": "transformer.blocks",
-}
-BLOCK_LAYERS = {"open_flamingo": (1, 3), "flamingo_pytorch": (0, 3)}
-
-
-class _Layer(nn.Module):
-    def __init__(self, block, decoder_layer):
-        super().__init__()
-        self.gated_cross_attn_layer = block
-        self.decoder_layer = decoder_layer
-
-
-class _OpenFlamingo(nn.Module):
-    """The tree of modules that `Flamingo` and `FlamingoLMMixin.init_flamingo` make."""
-
-    def __init__(self):
-        super().__init__()
-        self.vision_encoder = nn.Linear(3, DIM)
-        self.perceiver = _resampler(peers.open_flamingo(), max_num_frames=FRAMES)
-        lm = self.lang_encoder = nn.Module()
-        lm.model = nn.Module()
-        lm.model.embed_tokens = nn.Embedding(7, TEXT_DIM)
-        lm.old_decoder_blocks = nn.ModuleList(nn.Linear(TEXT_DIM, TEXT_DIM) for _ in range(4))
-        lm.gated_cross_attn_layers = nn.ModuleList(
-            _block(peers.open_flamingo()) if i % 2 else None for i in range(4)
-        )
-        pairs = zip(lm.gated_cross_attn_layers, lm.old_decoder_blocks, strict=True)
-        lm.model.layers = nn.ModuleList(_Layer(block, layer) for block, layer in pairs)
-
-
-def _resampler(classes, **options):
-    return classes.PerceiverResampler(
-        dim=DIM, depth=2, num_latents=LATENTS, **HEAD_OPTIONS, **options
-    )
-
-
-def _block(classes, dim=TEXT_DIM, dim_visual=DIM):
-    return _with_open_gates(
-        classes.GatedCrossAttentionBlock(dim=dim, dim_visual=dim_visual, **HEAD_OPTIONS)
-    )
-
-
-def _with_open_gates(block):
-    for gate in (block.attn_gate, block.ff_gate):
-        nn.init.normal_(gate)
-    return block
-
-
-def _target_classes():
-    return modules
-
-
-def _state(keys, prefix):
-    state = {}
-    for line in keys.split("\n")[1:-1]:
-        name, *shape = line.split()
-        for i in (0, 1) if "{i}" in name else (0,):
-            state[prefix + name.replace("{i}", str(i))] = torch.randn(*map(int, shape))
-    return state
-
-
-def _palm():
-    palm = importlib.import_module("flamingo_pytorch").FlamingoPaLM(
-        dim=DIM,
-        num_tokens=7,
-        depth=4,
-        cross_attn_every=3,
-        img_encoder=nn.Linear(3, DIM),
-        perceiver_num_latents=LATENTS,
-        max_video_frames=FRAMES,
-        **HEAD_OPTIONS,
-    )
-    for i in BLOCK_LAYERS["flamingo_pytorch"]:
-        _with_open_gates(palm.layers[i][1])
-    return palm
-
-
-def _model(peer):
-    """A whole model's state dict."""
-    if peer == "open_flamingo":
-        return _OpenFlamingo().state_dict()
-    if peer == "flamingo_pytorch":
-        return _palm().state_dict()
-    resampler, block = {
-        "flamingo_mini": (MINI_RESAMPLER, MINI_BLOCK),
-        "otter": (OTTER_RESAMPLER, OTTER_BLOCK),
-    }[peer]
-    resampler_prefix, block_prefix = WHERE[peer]
-    state = _state(resampler, resampler_prefix)
-    for i in range(4):
-        before = block_prefix.replace("{i}", str(i))
-        layer = before.replace("xattn_block", "lm_block").replace(
-            "gated_cross_attn_layer", "decoder_layer"
-        )
-        state |= {layer + "attn.weight": torch.randn(2)}
-        if i in (1, 3):
-            state |= _state(block, before)
-    return state
-
-
-def _of_a_part(peer, state):
-    """A whole model's tensors that are the resampler's or a block's, but for second copies."""
-    resampler, block = WHERE[peer]
-    blocks = tuple(block.replace("{i}", str(i)) for i in BLOCK_LAYERS.get(peer, (1, 3)))
-    return {key: tensor for key, tensor in state.items() if key.startswith((resampler, *blocks))}
-
-
-def _assert_same(got, want):
-    assert sorted(got) == sorted(want)
-    for key, tensor in want.items():
-        assert got[key].dtype == tensor.dtype
-        assert torch.equal(got[key], tensor), key
-
-
-def _targets(checkpoint, dtype=None):
-    """New modules of the shapes of a checkpoint."""
-    classes = _target_classes()
-    embeddings = {
-        option: len(checkpoint.resampler[key])
-        for option, key in (("max_num_frames", "frame_embs"), ("max_num_media", "media_time_embs"))
-        if key in checkpoint.resampler
-    }
-    blocks = {
-        i: _block(classes, len(block["attn.norm.weight"]), block["attn.to_kv.weight"].shape[1])
-        for i, block in checkpoint.blocks.items()
-    }
-    resampler = _resampler(classes, **embeddings)
-    return resampler.to(dtype), {i: block.to(dtype) for i, block in blocks.items()}
-
-
-def _resampled(state, media, feed_forward, attention):
-    """A resampler's output by the state dict of flamingo-mini or Otter: (B, T, F, v, D)."""
-    layer_norm = lambda x, name: nn.functional.layer_norm(
-        x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"]
-    )
-    heads = lambda x: x.unflatten(-1, (HEADS, DIM_HEAD)).transpose(-2, -3)
-    if "time_pos_emb" in state:
-        media = media + state["time_pos_emb"][: media.shape[2]]
-    else:
-        media = media + state["frame_embs"][: media.shape[2], None]
-    media = media.flatten(2, 3)
-    latents = state["latents"].expand(*media.shape[:2], -1, -1)
-    for i in range(2):
-        attn, ff = attention.format(i), feed_forward.format(i)
-        x = layer_norm(latents, f"{attn}.norm_latents")
-        keys = torch.cat((layer_norm(media, f"{attn}.norm_media"), x), -2)
-        if f"{attn}.to_kv.weight" in state:
-            k, v = (keys @ state[f"{attn}.to_kv.weight"].T).chunk(2, -1)
-        else:
-            k, v = (keys @ state[f"{attn}.to_{name}.weight"].T for name in "kv")
-        q = x @ state[f"{attn}.to_q.weight"].T
-        out = nn.functional.scaled_dot_product_attention(heads(q), heads(k), heads(v))
-        out = out.transpose(-2, -3).flatten(-2)
-        latents = latents + out @ state[f"{attn}.to_out.weight"].T
-        x = layer_norm(latents, f"{ff}.0") @ state[f"{ff}.1.weight"].T
-        latents = latents + nn.functional.gelu(x) @ state[f"{ff}.3.weight"].T
-    return layer_norm(latents, "norm")
-
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_round_trip_of_a_whole_model(peer):
-    state = _model(peer)
+    state = make_model(peer)
     checkpoint = canonical_state_dict(state)
     assert checkpoint.peer == peer
-    resampler, blocks = _targets(checkpoint)
+    resampler, blocks = make_targets(checkpoint)
     report = load_peer_state_dict(state, resampler=resampler, blocks=blocks)
     assert not report.missing and not report.unexpected
     back = peer_state_dict(
         peer, resampler=resampler, blocks=blocks, decoder_layers=DECODER_LAYERS.get(peer)
     )
-    _assert_same(back, _of_a_part(peer, state))
+    assert_same_tensors(back, of_a_part(peer, state))
     kept = {*back, *checkpoint.other, *checkpoint.duplicates}
     assert kept == set(state)
     without_modules = peer_state_dict(
@@ -270,7 +58,7 @@ def test_round_trip_of_a_whole_model(peer):
         blocks=checkpoint.blocks,
         decoder_layers=DECODER_LAYERS.get(peer),
     )
-    _assert_same(without_modules, back)
+    assert_same_tensors(without_modules, back)
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -279,7 +67,7 @@ def test_round_trip_of_a_part_alone(peer, part):
     prefix = WHERE[peer][part == "block"].replace("{i}", "3")
     state = {
         key.removeprefix(prefix): tensor
-        for key, tensor in _model(peer).items()
+        for key, tensor in make_model(peer).items()
         if key.startswith(prefix)
     }
     checkpoint = canonical_state_dict(state)
@@ -295,14 +83,16 @@ def test_round_trip_of_a_part_alone(peer, part):
         resampler_prefix="",
         block_prefix="",
     )
-    _assert_same(back, state)
-    _assert_same(canonical_state_dict({f"module.{k}": t for k, t in state.items()}, peer).other, {})
+    assert_same_tensors(back, state)
+    assert_same_tensors(
+        canonical_state_dict({f"module.{k}": t for k, t in state.items()}, peer).other, {}
+    )
 
 
 def test_open_flamingo_computes_the_same():
-    model = _OpenFlamingo()
+    model = OpenFlamingo()
     checkpoint = canonical_state_dict(model.state_dict())
-    resampler, blocks = _targets(checkpoint)
+    resampler, blocks = make_targets(checkpoint)
     load_peer_state_dict(model.state_dict(), resampler=resampler, blocks=list(blocks.values()))
     vision = torch.randn(2, MEDIA, FRAMES, 6, DIM)
     media = model.perceiver(vision)
@@ -315,10 +105,10 @@ def test_open_flamingo_computes_the_same():
 
 
 def test_flamingo_pytorch_computes_the_same():
-    palm = _palm()
+    palm = make_palm()
     state = palm.state_dict()
     checkpoint = canonical_state_dict(state)
-    resampler, blocks = _targets(checkpoint)
+    resampler, blocks = make_targets(checkpoint)
     load_peer_state_dict(state, resampler=resampler, blocks=blocks)
     vision = torch.randn(2, MEDIA, 6, DIM)
     media = palm.perceiver_resampler(vision)
@@ -340,29 +130,29 @@ def test_flamingo_pytorch_computes_the_same():
     ids=["flamingo_mini", "otter"],
 )
 def test_resamplers_compute_the_same(keys, attention, feed_forward):
-    state = _state(keys, "")
-    resampler, _ = _targets(canonical_state_dict(state))
+    state = make_state(keys, "")
+    resampler, _ = make_targets(canonical_state_dict(state))
     load_peer_state_dict(state, resampler=resampler)
     vision = torch.randn(2, MEDIA, FRAMES - 1, 6, DIM)
-    expected = _resampled(state, vision, feed_forward, attention)
+    expected = resampled_by(state, vision, feed_forward, attention)
     torch.testing.assert_close(resampler(vision), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_flamingo_mini_and_otter_have_the_names_of_open_flamingo():
-    ours = _block(peers.open_flamingo()).state_dict()
+    ours = make_block(peers.open_flamingo()).state_dict()
     for keys in (MINI_BLOCK, OTTER_BLOCK):
-        state = _state(keys, "")
+        state = make_state(keys, "")
         block = canonical_state_dict(state).blocks[0]
         assert {key: tensor.shape for key, tensor in block.items()} == {
             key: tensor.shape for key, tensor in ours.items()
         }
-    gates = canonical_state_dict(state := _state(MINI_BLOCK, "")).blocks[0]
+    gates = canonical_state_dict(state := make_state(MINI_BLOCK, "")).blocks[0]
     assert torch.equal(gates["attn_gate"], state["alpha_attn"])
     assert torch.equal(gates["ff_gate"], state["alpha_ffw"])
 
 
 def test_open_flamingo_lists_its_copies():
-    state = _OpenFlamingo().state_dict()
+    state = OpenFlamingo().state_dict()
     checkpoint = canonical_state_dict(state)
     copies = ("lang_encoder.old_decoder_blocks.", "lang_encoder.gated_cross_attn_layers.")
     assert set(checkpoint.duplicates) == {key for key in state if key.startswith(copies)}
@@ -377,7 +167,7 @@ def test_open_flamingo_lists_its_copies():
 
 
 def test_checkpoint_of_open_flamingo_in_training():
-    state = _OpenFlamingo().state_dict()
+    state = OpenFlamingo().state_dict()
     # As its filter_state_dict_to_trainable and DistributedDataParallel leave them.
     dropped = ("old_decoder_blocks", "gated_cross_attn_layers", "vision_encoder", "decoder_layer")
     partial = {
@@ -389,19 +179,19 @@ def test_checkpoint_of_open_flamingo_in_training():
     checkpoint, whole = canonical_state_dict(saved), canonical_state_dict(state)
     assert checkpoint.peer == "open_flamingo" and not checkpoint.duplicates
     assert list(checkpoint.other) == ["module.lang_encoder.model.embed_tokens.weight"]
-    _assert_same(checkpoint.resampler, whole.resampler)
+    assert_same_tensors(checkpoint.resampler, whole.resampler)
     assert list(checkpoint.blocks) == [1, 3]
     for i in (1, 3):
-        _assert_same(checkpoint.blocks[i], whole.blocks[i])
+        assert_same_tensors(checkpoint.blocks[i], whole.blocks[i])
 
 
 def test_names_of_the_branch_mllm():
     state = {
         key.replace("lang_encoder.", "lang_model.").replace("perceiver.", "vision_tokenizer."): x
-        for key, x in _OpenFlamingo().state_dict().items()
+        for key, x in OpenFlamingo().state_dict().items()
     }
     checkpoint = canonical_state_dict(state)
-    resampler, blocks = _targets(checkpoint)
+    resampler, blocks = make_targets(checkpoint)
     report = load_peer_state_dict(state, resampler=resampler, blocks=blocks)
     assert report.peer == "open_flamingo" and len(report.duplicates) == 30
     back = peer_state_dict(
@@ -411,7 +201,7 @@ def test_names_of_the_branch_mllm():
         resampler_prefix="vision_tokenizer.",
         block_prefix="lang_model.model.layers.{i}.gated_cross_attn_layer.",
     )
-    _assert_same(back, {key: state[key] for key in back})
+    assert_same_tensors(back, {key: state[key] for key in back})
     state["vision_tokenizer.projection.weight"] = torch.zeros(4, DIM)
     with pytest.raises(ValueError, match="unexpected: resampler.projection.weight"):
         load_peer_state_dict(state, resampler=resampler)
@@ -419,21 +209,21 @@ def test_names_of_the_branch_mllm():
 
 def test_blocks_from_the_list_of_open_flamingo_alone():
     copies = "lang_encoder.gated_cross_attn_layers."
-    state = {k: x for k, x in _OpenFlamingo().state_dict().items() if k.startswith(copies)}
+    state = {k: x for k, x in OpenFlamingo().state_dict().items() if k.startswith(copies)}
     checkpoint = canonical_state_dict(state)
     assert list(checkpoint.blocks) == [1, 3] and not checkpoint.duplicates
     assert len(checkpoint.blocks[1]) == 11
 
 
 def test_marks_of_wrappers_anywhere_in_a_name():
-    state = _OpenFlamingo().state_dict()
+    state = OpenFlamingo().state_dict()
     marked = {
         f"_orig_mod.{key}".replace("layers.1.", "layers.1._checkpoint_wrapped_module."): tensor
         for key, tensor in state.items()
     }
     checkpoint, expected = canonical_state_dict(marked), canonical_state_dict(state)
-    _assert_same(checkpoint.blocks[1], expected.blocks[1])
-    _assert_same(checkpoint.resampler, expected.resampler)
+    assert_same_tensors(checkpoint.blocks[1], expected.blocks[1])
+    assert_same_tensors(checkpoint.resampler, expected.resampler)
     assert all(key in marked for key in (*checkpoint.other, *checkpoint.duplicates))
 
 
@@ -446,7 +236,7 @@ def test_marks_of_wrappers_anywhere_in_a_name():
     ],
 )
 def test_copies_that_differ(copy):
-    state = _OpenFlamingo().state_dict()
+    state = OpenFlamingo().state_dict()
     first = state.get(copy, state["perceiver.latents"])
     state[copy] = first.clone()
     assert copy in canonical_state_dict(state).duplicates
@@ -503,19 +293,19 @@ def test_what_is_no_checkpoint(state, peer, error, message):
 
 def test_keys_of_open_flamingo_are_not_read_as_those_of_otter():
     with pytest.raises(ValueError, match="peer: otter has no layers.0.0.norm_media.weight"):
-        canonical_state_dict(_OpenFlamingo().state_dict(), "otter")
+        canonical_state_dict(OpenFlamingo().state_dict(), "otter")
 
 
 def test_strict_reports_and_copies_nothing():
-    state = _model("flamingo_mini")
-    resampler, blocks = _targets(canonical_state_dict(state))
+    state = make_model("flamingo_mini")
+    resampler, blocks = make_targets(canonical_state_dict(state))
     before = {key: tensor.clone() for key, tensor in resampler.state_dict().items()}
     del state["flamingo.resampler.layers.1.0.to_v.weight"]
     del state["flamingo.lm.h.3.xattn_block.alpha_ffw"]
     state["flamingo.lm.h.1.xattn_block.extra"] = torch.ones(1)
     with pytest.raises(ValueError, match="nothing was copied\n") as error:
         load_peer_state_dict(state, resampler=resampler, blocks=blocks)
-    _assert_same(resampler.state_dict(), before)
+    assert_same_tensors(resampler.state_dict(), before)
     report = load_peer_state_dict(state, resampler=resampler, blocks=blocks, strict=False)
     assert report.missing == ("resampler.layers.1.0.to_kv.weight", "blocks.3.ff_gate")
     assert report.unexpected == ("resampler.layers.1.0.to_k.weight", "blocks.1.extra")
@@ -536,8 +326,8 @@ def test_strict_reports_and_copies_nothing():
 
 
 def test_a_block_of_another_layer_is_missing():
-    state = _model("otter")
-    _, blocks = _targets(canonical_state_dict(state))
+    state = make_model("otter")
+    _, blocks = make_targets(canonical_state_dict(state))
     with pytest.raises(ValueError, match="missing: blocks.2.attn_gate(.|\n)*unexpected: blocks.3"):
         load_peer_state_dict(state, blocks={1: blocks[1], 2: blocks[3]})
 
@@ -546,10 +336,10 @@ def test_a_sequence_of_blocks_is_in_the_order_of_the_layers():
     layers = (2, 10, 11)
     state = {}
     for i in layers:
-        state |= _state(OTTER_BLOCK, f"lang_encoder.layers.{i}.gated_cross_attn_layer.")
+        state |= make_state(OTTER_BLOCK, f"lang_encoder.layers.{i}.gated_cross_attn_layer.")
     # As safetensors orders it: 10, 11, 2.
     state = dict(sorted(state.items()))
-    blocks = [_block(_target_classes()) for _ in layers]
+    blocks = [make_block(target_classes()) for _ in layers]
     load_peer_state_dict(state, blocks=blocks)
     for i, block in zip(layers, blocks, strict=True):
         gate = state[f"lang_encoder.layers.{i}.gated_cross_attn_layer.attn_gate"]
@@ -558,8 +348,8 @@ def test_a_sequence_of_blocks_is_in_the_order_of_the_layers():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_shapes_are_checked_before_anything_is_copied(strict):
-    state = _model("otter")
-    resampler, blocks = _targets(canonical_state_dict(state))
+    state = make_model("otter")
+    resampler, blocks = make_targets(canonical_state_dict(state))
     blocks[3].attn_gate = nn.Parameter(torch.zeros(TEXT_DIM))
     before = resampler.latents.clone()
     with pytest.raises(ValueError, match=r"blocks.3.attn_gate: .* \(20,\), got \(1,\)"):
@@ -568,9 +358,9 @@ def test_shapes_are_checked_before_anything_is_copied(strict):
 
 
 def test_modules_keep_their_dtype_and_parts_not_asked_for_are_left():
-    state = _model("open_flamingo")
+    state = make_model("open_flamingo")
     checkpoint = canonical_state_dict(state)
-    resampler, blocks = _targets(checkpoint, torch.bfloat16)
+    resampler, blocks = make_targets(checkpoint, torch.bfloat16)
     latents = resampler.latents
     report = load_peer_state_dict(state, resampler=resampler)
     assert resampler.latents is latents
@@ -592,7 +382,7 @@ def test_modules_keep_their_dtype_and_parts_not_asked_for_are_left():
 )
 def test_what_can_not_be_loaded_into(options, error, message):
     with pytest.raises(error, match=message):
-        load_peer_state_dict(_model("otter"), **options)
+        load_peer_state_dict(make_model("otter"), **options)
 
 
 def test_options_of_our_modules_are_read_but_in_no_peers_layout():
@@ -600,7 +390,7 @@ def test_options_of_our_modules_are_read_but_in_no_peers_layout():
         *("attn.to_q.bias", "attn.to_kv.bias", "attn.to_out.bias", "ff.1.bias", "ff.3.bias"),
         *("attn.norm_media.weight", "attn.norm_media.bias"),
     )
-    block = canonical_state_dict(_state(OTTER_BLOCK, "")).blocks[0]
+    block = canonical_state_dict(make_state(OTTER_BLOCK, "")).blocks[0]
     block |= {name: torch.ones(1) for name in names}
     assert canonical_state_dict(block).blocks[0].keys() == block.keys()
     for peer in PEERS:
@@ -620,7 +410,7 @@ def test_options_of_our_modules_are_read_but_in_no_peers_layout():
     ],
 )
 def test_blocks_that_a_layout_can_not_hold(peer, change, message):
-    block = canonical_state_dict(_state(OTTER_BLOCK, "")).blocks[0]
+    block = canonical_state_dict(make_state(OTTER_BLOCK, "")).blocks[0]
     block |= {key: torch.ones(size) for key, size in change.items() if size}
     block = {key: tensor for key, tensor in block.items() if change.get(key, 1)}
     with pytest.raises(ValueError, match=message):
@@ -642,7 +432,7 @@ def test_blocks_that_a_layout_can_not_hold(peer, change, message):
 )
 def test_resamplers_that_a_layout_can_not_hold(peer, options, message):
     with pytest.raises(ValueError, match=f"resampler: {peer}'s layout {message}"):
-        peer_state_dict(peer, resampler=_resampler(_target_classes(), **options))
+        peer_state_dict(peer, resampler=make_resampler(target_classes(), **options))
 
 
 @pytest.mark.parametrize(
@@ -662,7 +452,7 @@ def test_what_can_not_be_saved(options, error, message):
 
 
 def test_saved_tensors_share_no_memory_with_one_another():
-    resampler = _resampler(_target_classes(), max_num_frames=FRAMES)
+    resampler = make_resampler(target_classes(), max_num_frames=FRAMES)
     state = peer_state_dict("flamingo_mini", resampler=resampler)
     storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     assert len(storages) == len(state)
@@ -671,7 +461,7 @@ def test_saved_tensors_share_no_memory_with_one_another():
 
 
 def test_from_one_peer_to_another():
-    state = _model("flamingo_mini")
+    state = make_model("flamingo_mini")
     checkpoint = canonical_state_dict(state)
     saved = peer_state_dict(
         "otter",
@@ -680,19 +470,19 @@ def test_from_one_peer_to_another():
         decoder_layers="model.layers",
     )
     assert set(saved) == {
-        *_state(OTTER_RESAMPLER, "perceiver."),
-        *_state(OTTER_BLOCK, "lang_encoder.model.layers.1.gated_cross_attn_layer."),
-        *_state(OTTER_BLOCK, "lang_encoder.model.layers.3.gated_cross_attn_layer."),
+        *make_state(OTTER_RESAMPLER, "perceiver."),
+        *make_state(OTTER_BLOCK, "lang_encoder.model.layers.1.gated_cross_attn_layer."),
+        *make_state(OTTER_BLOCK, "lang_encoder.model.layers.3.gated_cross_attn_layer."),
     }
     back = canonical_state_dict(saved)
     assert back.peer == "otter"
-    _assert_same(back.resampler, checkpoint.resampler)
+    assert_same_tensors(back.resampler, checkpoint.resampler)
     for i in (1, 3):
-        _assert_same(back.blocks[i], checkpoint.blocks[i])
+        assert_same_tensors(back.blocks[i], checkpoint.blocks[i])
 
 
 def test_a_vision_transformers_layers_are_no_blocks_of_flamingo_pytorch():
-    state = _palm().state_dict()
+    state = make_palm().state_dict()
     state["img_encoder.transformer.layers.5.1.net.0.weight"] = torch.ones(2)
     checkpoint = canonical_state_dict(state)
     assert list(checkpoint.blocks) == [0, 3]
@@ -700,8 +490,8 @@ def test_a_vision_transformers_layers_are_no_blocks_of_flamingo_pytorch():
 
 
 def test_the_tables_cover_the_peers_own_classes():
-    assert set(checkpoints._RESAMPLERS) == set(checkpoints._BLOCKS) == set(PEERS)
-    theirs = _resampler(peers.open_flamingo(), max_num_frames=1, max_num_media=1).state_dict()
+    assert set(peer_layouts.RESAMPLERS) == set(peer_layouts.BLOCKS) == set(PEERS)
+    theirs = make_resampler(peers.open_flamingo(), max_num_frames=1, max_num_media=1).state_dict()
     templates = {checkpoints._without_number(key)[0] for key in theirs}
-    assert templates == set(checkpoints._RESAMPLER_KEYS)
-    assert set(_block(peers.open_flamingo()).state_dict()) == set(checkpoints._BLOCK_KEYS)
+    assert templates == set(peer_layouts.RESAMPLER_KEYS)
+    assert set(make_block(peers.open_flamingo()).state_dict()) == set(peer_layouts.BLOCK_KEYS)

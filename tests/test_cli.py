@@ -12,50 +12,37 @@ import flamingo_fast
 from flamingo_fast import cli, doctor
 from flamingo_fast.testing import aot_gate
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `flamingo-fast` with arguments; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flamingo-fast", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
+Command = Callable[..., tuple[int, str, str]]
 
 
 def _backends(report: str) -> dict[str, dict[str, str]]:
     return {backend["name"]: backend for backend in json.loads(report)["backends"]}
 
 
-def test_version(run: Run) -> None:
-    assert run("--version") == (0, f"{flamingo_fast.__version__}\n", "")
+def test_version(command: Command) -> None:
+    assert command("--version") == (0, f"{flamingo_fast.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [("nothing",), ("doctor", "--nothing"), ("doctor", "extra")])
-def test_bad_usage_exits_with_2(run: Run, arguments: tuple[str, ...]) -> None:
-    code, out, err = run(*arguments)
+def test_bad_usage_exits_with_2(command: Command, arguments: tuple[str, ...]) -> None:
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert arguments[-1] in err
     assert "Traceback" not in err
 
 
-def test_no_command_shows_the_commands(run: Run) -> None:
-    code, out, err = run()
+def test_no_command_shows_the_commands(command: Command) -> None:
+    code, out, err = command()
     assert code == 2
     assert "doctor" in out + err
 
 
 def test_a_json_file_that_cannot_be_written_is_refused_before_compiling(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aot_gate, "run_gate", lambda *_, **__: pytest.fail("compiled"))
     for file in (tmp_path / "absent" / "x.json", tmp_path):
-        code, out, err = run("kernels", "--json", str(file))
+        code, out, err = command("kernels", "--json", str(file))
         assert (code, out) == (2, "")
         assert "json" in err
     assert not list(tmp_path.iterdir())
@@ -70,14 +57,14 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_compiling(
     ],
 )
 def test_expected_errors_are_one_line(
-    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail() -> None:
         raise error
 
     monkeypatch.delenv("FLAMINGO_FAST_DEBUG", raising=False)
     monkeypatch.setattr(doctor, "examine", fail)
-    assert run("doctor") == (1, "", f"flamingo-fast: {error}\n")
+    assert command("doctor") == (1, "", f"flamingo-fast: {error}\n")
 
     monkeypatch.setenv("FLAMINGO_FAST_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["flamingo-fast", "doctor"])
@@ -85,9 +72,9 @@ def test_expected_errors_are_one_line(
         cli.main()
 
 
-def test_doctor_tries_the_backends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_tries_the_backends(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    code, out, _ = run("doctor", "--json")
+    code, out, _ = command("doctor", "--json")
     report, backends = json.loads(out), _backends(out)
     assert code == 0
     assert report["versions"]["torch"] == torch.__version__
@@ -103,13 +90,13 @@ def test_doctor_tries_the_backends(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_doctor_says_why_a_backend_is_unavailable(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "nvtx", None)
     monkeypatch.setitem(sys.modules, "xformers", None)
-    code, out, _ = run("doctor", "--json")
+    code, out, _ = command("doctor", "--json")
     backends = _backends(out)
     assert code == 0
     assert backends["triton on a GPU"]["detail"] == "torch sees no GPU"
@@ -118,7 +105,7 @@ def test_doctor_says_why_a_backend_is_unavailable(
     assert "flamingo_fast[gpu]" in backends["xformers"]["detail"]
     assert backends["triton in its interpreter"]["status"] == "unavailable"
 
-    code, out, _ = run("doctor")
+    code, out, _ = command("doctor")
     assert code == 0
     # Rich would take an extra's name for markup.
     assert "[profile]" in "".join(out.split())
@@ -126,7 +113,7 @@ def test_doctor_says_why_a_backend_is_unavailable(
 
 @pytest.mark.parametrize("result", [[0.0, 8.9], RuntimeError("no kernel image\nmore")])
 def test_doctor_exits_with_1_if_a_backend_is_broken(
-    run: Run, monkeypatch: pytest.MonkeyPatch, result: list[float] | Exception
+    command: Command, monkeypatch: pytest.MonkeyPatch, result: list[float] | Exception
 ) -> None:
     def squared_relu(x: torch.Tensor, *, impl: str) -> torch.Tensor:
         if isinstance(result, Exception):
@@ -134,7 +121,7 @@ def test_doctor_exits_with_1_if_a_backend_is_broken(
         return torch.tensor(result)
 
     monkeypatch.setattr(flamingo_fast, "squared_relu", squared_relu)
-    code, out, _ = run("doctor", "--json")
+    code, out, _ = command("doctor", "--json")
     broken = _backends(out)["torch"]
     assert code == 1
     assert broken["status"] == "broken"

@@ -1,9 +1,9 @@
 """`flamingo-fast data`: files are packed into shards, and shards are checked."""
 
 import base64
+import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +13,15 @@ pytest.importorskip("av")
 
 from shard_cases import animation, encoded, mixed_records, picture, write_tar  # noqa: E402
 
-from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.training.samples import Limits, Medium, Sample, parse  # noqa: E402
 from flamingo_fast.training.shards import ShardSet  # noqa: E402
 from flamingo_fast.training.writers import SourceError, write_samples, write_shards  # noqa: E402
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     """Runs `flamingo-fast data` with arguments; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flamingo-fast", "data", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
+    return functools.partial(command, "data")
 
 
 def samples_in(folder, kind):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.cli.app import app  # noqa: E402
 from flamingo_fast.models.folder import processor_of  # noqa: E402
 from flamingo_fast.models.processor import Image  # noqa: E402
@@ -47,17 +45,14 @@ def result(folder: Path) -> run.DemoResult:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+def demo(command: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Runs `flamingo-fast demo` as if it had this result; returns (exit code, stdout, stderr)."""
 
-    def command(result: run.DemoResult, *arguments: object) -> tuple[int, str, str]:
+    def demo(result: run.DemoResult, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(run, "run_demo", lambda *_, **__: result)
-        monkeypatch.setattr(sys, "argv", ["flamingo-fast", "demo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
+        return command("demo", *arguments)
 
-    return command
+    return demo
 
 
 @pytest.mark.slow
@@ -109,7 +104,7 @@ def test_a_run_leaves_a_model_that_goes_on_and_a_file_of_numbers(
 
 @pytest.mark.slow
 def test_the_command_draws_and_judges(
-    result: run.DemoResult, tmp_path: Path, command: Callable
+    result: run.DemoResult, tmp_path: Path, demo: Callable
 ) -> None:
     good = dataclasses.replace(
         result,
@@ -120,14 +115,14 @@ def test_the_command_draws_and_judges(
             for is_shuffled in (False, True)
         },
     )
-    code, out, _ = command(good, "--out", tmp_path)
+    code, out, _ = demo(good, "--out", tmp_path)
     assert code == 0
     assert "NO" not in out
     for name in ("training.png", "captions.png"):
         assert (tmp_path / name).stat().st_size > 10_000, name
 
     bad = dataclasses.replace(good, hashes={"language model": ("a", "b")})
-    code, out, _ = command(bad, "--out", tmp_path)
+    code, out, _ = demo(bad, "--out", tmp_path)
     assert code == 1
     assert "NO" in out
 

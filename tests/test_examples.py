@@ -71,8 +71,11 @@ def test_video(tmp_path: Path) -> None:
     assert out.startswith("8 frames of (3, 64, 64) are 8 tokens\n")
 
 
-def test_a_patched_model_computes_the_same(tmp_path: Path) -> None:
-    out = run_example("patch_a_model", "--tokens", 32, "--rounds", 1, cwd=tmp_path)
+@pytest.mark.parametrize("family", ["idefics", "open_flamingo"])
+def test_a_patched_model_computes_the_same(family: str, tmp_path: Path) -> None:
+    options = ("--family", family, "--tokens", 32, "--rounds", 1, "--plot", "layout.png")
+    out = run_example("patch_a_model", *options, cwd=tmp_path)
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
     assert int(re.findall(r"(\d+) modules patched", out)[0]) > 0
     assert float(re.findall(r"logits differ by (\S+)", out)[0]) < 1e-4
     assert re.findall(r"^the same .*: (\w+)", out, re.M) == ["True", "True"]

@@ -101,7 +101,10 @@ def test_holds_ops_and_what_they_need(repository: Path) -> None:
         kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
         assert files >= ops | kernels | {"__init__.py", "layers.py"}
         tops = {name.partition("/")[0] for name in files if "/" in name}
-        assert tops == {"ops", "kernels", "modules"}
+        assert tops == {"ops", "kernels", "layout", "modules"}
+        assert {name for name in files if name.startswith("modules/")} == {
+            *("modules/__init__.py", "modules/media_layouts.py"),
+        }
 
 
 def test_loads_under_any_name(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

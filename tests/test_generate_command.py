@@ -1,7 +1,7 @@
 """`flamingo-fast generate`: what it prints, and what users' mistakes look like."""
 
 import dataclasses
-import sys
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 import tokenizers  # noqa: E402
 
-from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.models.config import ConfigError, FlamingoConfig  # noqa: E402
 from flamingo_fast.models.flamingo import Flamingo  # noqa: E402
 from flamingo_fast.models.folder import processor_of, prompt_parts  # noqa: E402
@@ -69,16 +68,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(command: Run) -> Run:
     """Runs `flamingo-fast generate`; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flamingo-fast", "generate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
+    return functools.partial(command, "generate")
 
 
 def expected(folder, parts, **options):

@@ -1,148 +1,47 @@
 """Generation: what a cache gives against forwards without one, beams, stops, scores and work."""
 
-import dataclasses
-import functools
 import re
 
 import pytest
 import torch
 from attention_contract import HostSyncError, no_host_sync
-from torch import nn
+from generation_cases import (
+    EOC,
+    FAMILIES,
+    IMAGE,
+    KINDS,
+    PAD,
+    VOCAB,
+    Batch,
+    Letters,
+    every_kind,
+    flamingo,
+    image_of,
+    mixed_batch,
+    own_tokens,
+    uncached,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("timm")
-
-from flamingo_fast.bench import decode  # noqa: E402
-from flamingo_fast.models import generation  # noqa: E402
-from flamingo_fast.models.config import (  # noqa: E402
-    ConditioningConfig,
-    FlamingoConfig,
-    LanguageModelConfig,
-    ResamplerConfig,
-)
-from flamingo_fast.models.flamingo import Flamingo  # noqa: E402
-from flamingo_fast.models.generation import Decoder, generate, score  # noqa: E402
-from flamingo_fast.models.vision import VisionEncoder  # noqa: E402
-
-VOCAB, IMAGE, EOC, PAD = 60, 3, 4, 1
-_LLAMA = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-_OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
-HF_CONFIGS = {
-    "gpt2": _GPT2,
-    "llama": {**_LLAMA, "num_key_value_heads": 1},
-    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **_OPT},
-    "gpt_neox": {**_LLAMA, "use_parallel_residual": False},
-    # A window that texts here are longer than.
-    "mistral": {**_LLAMA, "num_key_value_heads": 1, "sliding_window": 6},
-    "qwen2": {**_LLAMA, "num_key_value_heads": 2},
-}
-FAMILIES = ["chinchilla", *HF_CONFIGS]
-KINDS = ["gated_xattn_dense", "vanilla_xattn", "grafting"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-class Patches(nn.Module):
-    """A vision encoder that counts images."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.num_images = nn.Conv2d(3, 24, 8, 8), 0
-
-    def forward(self, images):
-        self.num_images += len(images)
-        return self.conv(images).flatten(2).mT
-
-
-def lm_config(family):
-    if family == "chinchilla":
-        return LanguageModelConfig(vocab_size=VOCAB, dim=32, depth=2, heads=2, dim_head=16)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
-    values = {"model_type": family, "vocab_size": VOCAB, **ids, **HF_CONFIGS[family]}
-    return LanguageModelConfig(kind="huggingface", hf_config=values)
-
-
-@functools.lru_cache
-def flamingo(
-    family="llama",
-    kind="gated_xattn_dense",
-    attend="previous",
-    *,
-    learnt=False,
-    resampler_kind="perceiver",
-):
-    torch.manual_seed(0)
-    sizes = {"heads": 2, "dim_head": 16}
-    config = FlamingoConfig(
-        resampler=ResamplerConfig(kind=resampler_kind, dim=32, depth=1, num_latents=4, **sizes),
-        conditioning=ConditioningConfig(kind=kind, num_layers=2, attend=attend, **sizes),
-        lm=lm_config(family),
-        image_token_id=IMAGE,
-        eoc_token_id=VOCAB if learnt else EOC,
-        learnt_token_ids=(7, VOCAB) if learnt else (),
-    )
-    model = Flamingo(config, vision_encoder=VisionEncoder.from_module(Patches(), 24)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate"):
-            nn.init.constant_(parameter, 0.5)
-        elif parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.25)
-    return model
-
-
-def image_of(seed):
-    return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-@dataclasses.dataclass
-class Batch:
-    """Rows of token ids, and the images of each."""
-
-    rows: list
-    images: list
-
-    def __post_init__(self):
-        longest = max(map(len, self.rows))
-        self.ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in self.rows])
-        self.mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in self.rows])
-
-    @property
-    def prompt(self):
-        return {"input_ids": self.ids, "images": self.images, "attention_mask": self.mask}
-
-
-def mixed_batch():
-    """Padded on the left, with one image; two images, at the first and in the middle; none."""
-    rows = [[9, IMAGE, 11, 12], [IMAGE, 21, 22, IMAGE, 24, 25, 26], [31, 32, 33, 34, 35]]
-    return Batch(rows, [[image_of(0)], [image_of(1), image_of(2)], []])
+from flamingo_fast.bench import decode
+from flamingo_fast.models import generation
+from flamingo_fast.models.beam_search import beam_search
+from flamingo_fast.models.generation import Decoder, generate, score
+from flamingo_fast.models.sampling import TOKENS_A_CHECK, Sampling, Stops
 
 
 @pytest.fixture
 def seen_logits(monkeypatch):
     """Logits (B, V) of each step."""
-    seen, choose = [], generation._Sampling.choose
+    seen, choose = [], Sampling.choose
 
     def see(sampling, logits):
         seen.append(logits.clone())
         return choose(sampling, logits)
 
-    monkeypatch.setattr(generation._Sampling, "choose", see)
+    monkeypatch.setattr(Sampling, "choose", see)
     return seen
-
-
-@torch.no_grad()
-def uncached(model, row, images):
-    """Logits (tokens, V) of a row on its own, and never an image token."""
-    logits = model(torch.tensor([row]), [images] if images else None).logits[0]
-    logits[:, IMAGE] = float("-inf")
-    return logits
 
 
 def assert_as_uncached(model, rows, images, sequences, logits):
@@ -155,12 +54,6 @@ def assert_as_uncached(model, rows, images, sequences, logits):
         assert expected.argmax(-1).tolist() == new
         got = torch.stack([each[index] for each in logits[: len(new)]])
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
-
-
-def own_tokens(sequences, stop=None):
-    """Rows without the padding after the token that they stopped at."""
-    rows = sequences.tolist()
-    return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
 
 
 def check_decoding(model, seen_logits, **options):
@@ -270,7 +163,7 @@ def test_a_conversation_goes_on_after(family, first_turn, seen_logits):
 
 
 def test_a_conversation_when_the_host_asks_late(seen_logits, monkeypatch):
-    monkeypatch.setattr(generation, "_period", lambda device: 4)
+    monkeypatch.setattr(Stops, "period", staticmethod(lambda device: 4))
     converse(flamingo("chinchilla"), seen_logits, *four_turns())
 
 
@@ -303,88 +196,6 @@ def test_videos_of_other_lengths(seen_logits):
             rows[index] = before + new
 
 
-def hf_beams(model, batch, **options):
-    """transformers' own search, of the language model with our layers in it."""
-    with model.conditioned(batch.ids, batch.images, attention_mask=batch.mask) as lang_model:
-        output = lang_model.generate(
-            batch.ids,
-            attention_mask=batch.mask,
-            do_sample=False,
-            pad_token_id=PAD,
-            suppress_tokens=[IMAGE],
-            return_dict_in_generate=True,
-            output_scores=True,
-            **options,
-        )
-    return output.sequences[:, batch.ids.shape[1] :], output.sequences_scores
-
-
-BEAMS = {
-    "plain": {"num_beams": 3},
-    "many": {"num_beams": 7},
-    "short": {"num_beams": 4, "length_penalty": -1.0},
-    "long": {"num_beams": 4, "length_penalty": 2.0},
-    "early": {"num_beams": 4, "early_stopping": True},
-    "never": {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0},
-}
-
-
-@pytest.mark.parametrize("period, static_cache", [(1, False), (4, True)], ids=["dynamic", "static"])
-@pytest.mark.parametrize("options", BEAMS.values(), ids=BEAMS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_beams_are_those_of_transformers(family, options, period, static_cache, monkeypatch):
-    monkeypatch.setattr(generation, "_period", lambda device: period)
-    model, batch = flamingo(family), mixed_batch()
-    # Many, so that beams end at different lengths.
-    stops = list(range(5, VOCAB, 13))
-    expected, scores = hf_beams(model, batch, max_new_tokens=9, eos_token_id=stops, **options)
-    output = generate(
-        model,
-        **batch.prompt,
-        max_new_tokens=9,
-        stop_token_ids=stops,
-        pad_token_id=PAD,
-        static_cache=static_cache,
-        **options,
-    )
-    assert output.sequences.tolist() == expected.tolist()
-    torch.testing.assert_close(output.scores, scores)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_some_beams_end_before_others(family):
-    """So that the test above is about more than running on."""
-    stops, lengths = list(range(5, VOCAB, 13)), set()
-    for options in BEAMS.values():
-        output = generate(
-            flamingo(family),
-            **mixed_batch().prompt,
-            max_new_tokens=9,
-            stop_token_ids=stops,
-            pad_token_id=PAD,
-            **options,
-        )
-        lengths |= {len(row) for row in own_tokens(output.sequences, PAD)}
-    assert len(lengths) > 2
-
-
-def test_beams_differ_from_greedy_and_score_higher():
-    model, batch = flamingo("gpt2"), mixed_batch()
-    options = {"max_new_tokens": 6, "stop_token_ids": ()}
-    greedy = generate(model, **batch.prompt, **options).sequences
-    beams = generate(model, **batch.prompt, num_beams=6, length_penalty=0.0, **options)
-    assert not torch.equal(greedy, beams.sequences)
-    by_option = score(
-        model,
-        options=[
-            [one.tolist(), two.tolist()] for one, two in zip(greedy, beams.sequences, strict=True)
-        ],
-        **batch.prompt,
-    )
-    assert (by_option[:, 1] >= by_option[:, 0]).all()
-    torch.testing.assert_close(beams.scores, by_option[:, 1], atol=1e-4, rtol=1e-4)
-
-
 def test_media_are_encoded_once():
     """By beams, by options, in a padded batch, and in a conversation."""
     model, batch = flamingo("llama"), mixed_batch()
@@ -409,15 +220,6 @@ def test_media_are_encoded_once():
     assert number == 3
 
 
-def test_beams_share_media():
-    model, batch = flamingo("llama"), mixed_batch()
-    cache, _ = generation._prefill(model, num_media=None, videos=None, **batch.prompt)
-    decoder = Decoder(model, cache, room=2, copies=4)
-    assert decoder(torch.full((12,), 5)).shape == (12, VOCAB)
-    for used, kept in zip(decoder.context.media_kv, cache.media_kv, strict=True):
-        assert used[0] is kept[0] and kept[0].shape[0] == 3
-
-
 def test_return_cache_saves_a_step(monkeypatch):
     steps, step = [], Decoder._step
     monkeypatch.setattr(Decoder, "_step", lambda self, ids: steps.append(1) or step(self, ids))
@@ -433,103 +235,12 @@ def test_return_cache_saves_a_step(monkeypatch):
         assert len(steps) == number and (output.cache is not None) == return_cache
 
 
-def sampled(rows, **options):
-    """So many first tokens after one prompt, and their probabilities without any option."""
-    model, row = flamingo("gpt2"), [9, 11, 12]
-    generator = torch.Generator().manual_seed(0)
-    output = generate(
-        model, torch.tensor([row] * rows), max_new_tokens=1, generator=generator, **options
-    )
-    return output.sequences[:, 0], uncached(model, row, [])[-1]
-
-
-def truncated(logits, temperature=1.0, top_k=None, top_p=None):
-    """Probabilities by id, from the definitions."""
-    probabilities = (logits.double() / temperature).softmax(-1)
-    order = probabilities.argsort(descending=True).tolist()
-    kept = order[:top_k]
-    if top_p is not None:
-        total = sum(probabilities[kept])
-        number = next(
-            n for n in range(1, len(kept) + 1) if sum(probabilities[kept[:n]]) >= top_p * total
-        )
-        kept = kept[:number]
-    result = torch.zeros_like(probabilities)
-    result[kept] = probabilities[kept] / probabilities[kept].sum()
-    return result
-
-
-SAMPLINGS = [
-    {"temperature": 1.0},
-    {"temperature": 0.5},
-    {"temperature": 1.0, "top_k": 4},
-    {"temperature": 2.0, "top_p": 0.6},
-    {"temperature": 1.5, "top_p": 0.05},
-    {"temperature": 1.5, "top_k": 6, "top_p": 0.7},
-]
-
-
-@pytest.mark.parametrize("options", SAMPLINGS, ids=str)
-def test_samples_have_the_distribution(options):
-    number = 4000
-    tokens, logits = sampled(number, **options)
-    expected = truncated(logits, **options)
-    frequencies = torch.bincount(tokens, minlength=VOCAB) / number
-    assert not frequencies[expected == 0].any()
-    deviation = (expected * (1 - expected) / number).sqrt()
-    assert ((frequencies - expected).abs() <= 5 * deviation + 1e-9).all()
-    if "top_k" not in options and "top_p" not in options:
-        assert (frequencies > 0).sum() > 10
-
-
-def test_samples_are_those_of_the_generator():
-    draws = [sampled(50, temperature=1.0)[0] for _ in range(2)]
-    assert torch.equal(*draws) and len(set(draws[0].tolist())) > 3
-    greedy, logits = sampled(3)
-    assert torch.equal(greedy, logits.argmax().expand(3))
-    assert torch.equal(sampled(20, temperature=1.0, top_k=1)[0], logits.argmax().expand(20))
-
-
-class Letters:
-    """A tokenizer: each id is a letter or two."""
-
-    def decode(self, ids, **_):
-        return "".join(f"{chr(97 + id_ % 26)}{id_ // 26}" for id_ in ids)
-
-
-@pytest.mark.parametrize("period", [1, 4, 16])
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_stop_strings(num_beams, period, monkeypatch):
-    """The string spans two tokens; what was generated after it goes, from the cache too."""
-    monkeypatch.setattr(generation, "_period", lambda device: period)
-    model, batch = flamingo("gpt2"), mixed_batch()
-    options = {"max_new_tokens": 10, "stop_token_ids": (), "num_beams": num_beams}
-    options["pad_token_id"] = PAD
-    free = generate(model, **batch.prompt, **options).sequences.tolist()
-    text = Letters().decode(free[1][2:4])
-    strings = {"stop_strings": ["never here", text[1:3]], "tokenizer": Letters()}
-    output = generate(model, **batch.prompt, **options, **strings)
-    if num_beams == 1:
-        for row, whole in zip(output.sequences.tolist(), free, strict=True):
-            texts = [Letters().decode(whole[:number]) for number in range(11)]
-            end = next((n for n, each in enumerate(texts) if text[1:3] in each), 10)
-            length = min(end, 10)
-            assert row[:length] == whole[:length] and set(row[length:]) <= {PAD}
-    ends = [(each != PAD).nonzero().max().item() + 1 for each in output.sequences]
-    assert min(ends) < 10
-    for row, end in zip(output.sequences.tolist(), ends, strict=True):
-        assert text[1:3] not in Letters().decode(row[: end - 1])
-        assert text[1:3] in Letters().decode(row[:end]) or end == 10
-    lengths = [len(row) + end for row, end in zip(batch.rows, ends, strict=True)]
-    assert output.cache.attention_mask.sum(1).tolist() == lengths
-
-
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, SHORT_BEAMS], ids=str)
 def test_asking_late_changes_nothing(options, monkeypatch):
     model, batch = flamingo("gpt2"), mixed_batch()
     results, stops = [], [18, 19, 40, 52]
     for period in (1, 16):
-        monkeypatch.setattr(generation, "_period", lambda device, period=period: period)
+        monkeypatch.setattr(Stops, "period", staticmethod(lambda device, period=period: period))
         output = generate(
             model,
             **batch.prompt,
@@ -541,40 +252,6 @@ def test_asking_late_changes_nothing(options, monkeypatch):
         )
         results.append((output.sequences.tolist(), output.cache.attention_mask.tolist()))
     assert results[0] == results[1] and len(results[0][0][0]) < 20
-
-
-def test_streaming():
-    model, batch = flamingo("llama"), mixed_batch()
-    streamed = []
-    output = generate(
-        model, **batch.prompt, streamer=streamed.append, pad_token_id=PAD, max_new_tokens=8
-    )
-    assert torch.equal(torch.stack(streamed, 1), output.sequences)
-    assert output.sequences[2].tolist() == [37, EOC, *[PAD] * 6]
-
-
-def test_streamers_of_transformers():
-    texts = []
-
-    class Streamer(transformers.TextStreamer):
-        def on_finalized_text(self, text, stream_end=False):
-            texts.append((text, stream_end))
-
-    model, batch = flamingo("llama"), mixed_batch()
-    row, images = batch.rows[1], [batch.images[1]]
-    free = generate(model, torch.tensor([row]), images, max_new_tokens=14).sequences[0]
-    stop = free[-1].item()
-    assert stop not in free[:-1]
-    options = {"max_new_tokens": 20, "stop_token_ids": stop}
-    for skip_prompt in (True, False):
-        texts.clear()
-        streamer = Streamer(Letters(), skip_prompt=skip_prompt)
-        generate(model, torch.tensor([row]), images, streamer=streamer, **options)
-        new = free.tolist()
-        assert "".join(text for text, _ in texts) == Letters().decode(
-            new if skip_prompt else row + new
-        )
-        assert [is_end for _, is_end in texts].count(True) == 1 and len(texts) >= len(new)
 
 
 def on_meta(model, **options):
@@ -606,12 +283,12 @@ def new_flamingo():
 
 
 def run_on_meta(decoder, logits, tokens, sampling):
-    stops = generation._Stops([EOC, 9], [], None, PAD, torch.device("cpu"))
+    stops = Stops([EOC, 9], [], None, PAD, torch.device("cpu"))
     stops._token_ids = stops._token_ids.to("meta")
     with no_host_sync():
         if decoder.copies > 1:
-            return generation._beam_search(decoder, logits, stops, tokens, 1.0, False)
-        chosen = generation._Sampling(*sampling)
+            return beam_search(decoder, logits, stops, tokens, 1.0, False)
+        chosen = Sampling(*sampling)
         return generation._generate(decoder, logits, stops, tokens, chosen, [].append, None)
 
 
@@ -634,8 +311,8 @@ def test_no_host_sync_for_a_token(family, kind, options, sampling, new_flamingo)
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_the_host_asks_rarely(copies, new_flamingo, monkeypatch):
-    assert generation._TOKENS_A_CHECK == 16
-    monkeypatch.setattr(generation, "_TOKENS_A_CHECK", 3)
+    assert TOKENS_A_CHECK == 16
+    monkeypatch.setattr("flamingo_fast.models.sampling.TOKENS_A_CHECK", 3)
     decoder, logits = on_meta(new_flamingo("llama"), copies=copies)
     with pytest.raises(HostSyncError, match="_local_scalar_dense"):
         run_on_meta(decoder, logits, 9, (0.0, None, None, None))
@@ -644,7 +321,7 @@ def test_the_host_asks_rarely(copies, new_flamingo, monkeypatch):
 
 def test_masks_of_transformers_would_be_read(monkeypatch, new_flamingo):
     """What the cache has to hide from it: the test of host syncs would notice."""
-    monkeypatch.setattr(generation, "_hide_from_reading", lambda cache: None)
+    monkeypatch.setattr("flamingo_fast.models.decoder._hide_from_reading", lambda cache: None)
     decoder, logits = on_meta(new_flamingo("llama"))
     with pytest.raises(HostSyncError):
         run_on_meta(decoder, logits, 3, (0.0, None, None, None))

@@ -9,6 +9,7 @@ from model_cases import IMAGE, flamingo, open_gates  # noqa: E402
 
 import flamingo_fast as ff  # noqa: E402
 from flamingo_fast.models import generation  # noqa: E402
+from flamingo_fast.models.sampling import Sampling, Stops  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.get_default_device().type != "cuda",
@@ -62,8 +63,8 @@ def test_no_sampled_token_waits_for_the_gpu():
     )  # fmt: skip
     decoder = generation.Decoder(model, cache, room=20)
     decoder(torch.tensor([5, 6]))
-    stops = generation._Stops([4], [], None, 4, logits.device)
-    sampling = generation._Sampling(0.8, 5, 0.9, None)
+    stops = Stops([4], [], None, 4, logits.device)
+    sampling = Sampling(0.8, 5, 0.9, None)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

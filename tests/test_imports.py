@@ -1,6 +1,7 @@
-"""What imports what: a bare import stays light, missing packages stop nothing else, layers hold."""
+"""What imports what: a bare import stays light, missing packages stop nothing else."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,22 +9,9 @@ from pathlib import Path
 import pytest
 from fresh_venv import ROOT
 
-PACKAGE = ROOT / "flamingo_fast"
+import flamingo_fast
 
-# Lowest first; a module imports its own layer and those before it. `flamingo_fast` is the package's
-# __init__.py, which offers what the layers before it have.
-LAYERS = (
-    {"reference", "schedule", "layout", "namespace", "nvtx", "ranges", "watchers", "gpus"},
-    {"kernels"},
-    {"ops"},
-    {"modules"},
-    {"models"},
-    {"training", "patching"},
-    {"flamingo_fast"},
-    {"testing", "doctor", "hub"},
-    {"bench", "profiling"},
-    {"cli"},
-)
+PACKAGE = ROOT / "flamingo_fast"
 
 EXTRAS = (
     *("timm", "torchvision", "transformers", "safetensors", "tokenizers", "PIL", "av"),
@@ -51,10 +39,70 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_bare_import_is_light() -> None:
-    heavy = {"triton", "typer", "rich", *EXTRAS}
-    result = run_python(f"import sys, flamingo_fast; print(sorted({heavy!r} & set(sys.modules)))")
-    assert result.stdout == "[]\n", result.stdout + result.stderr
+def imported_by(program: str) -> set[str]:
+    """Modules that a fresh interpreter has after `program` and not before, the library's aside."""
+    result = run_python(
+        f"import sys; before = set(sys.modules)\n{program}\n"
+        "print(*sorted(set(sys.modules) - before), file=sys.stderr)"
+    )
+    assert result.returncode == 0, result.stderr
+    names = result.stderr.splitlines()[-1].split()
+    return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def test_a_bare_import_is_of_one_module() -> None:
+    assert imported_by("import flamingo_fast") == {"flamingo_fast"}
+
+
+@pytest.mark.parametrize("name", ["MediaLayout", "patch", "use_impl", "patching", "layout"])
+def test_a_name_brings_pytorch_and_a_few_packages_of_ours(name: str) -> None:
+    found = imported_by(f"import flamingo_fast; flamingo_fast.{name}")
+    beyond = found - imported_by("import torch")
+    packages = {".".join(module.split(".")[:2]) for module in beyond} - {"flamingo_fast"}
+    allowed = {"layout", "modules", "ops", "patching", "ranges", "reference", "schedule"}
+    assert packages <= {f"flamingo_fast.{each}" for each in (*allowed, "namespace", "watchers")}
+    assert "torch" in found and hasattr(flamingo_fast, name)
+
+
+def test_help_imports_the_command_and_what_prints_it() -> None:
+    found = imported_by(
+        "sys.argv = ['flamingo-fast', '--help']\n"
+        "from flamingo_fast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert not exit.code"
+    )
+    ours = {name for name in found if name.startswith("flamingo_fast")}
+    commands = {f"flamingo_fast.cli.{file.stem}" for file in (PACKAGE / "cli").glob("[a-z]*.py")}
+    assert ours == {"flamingo_fast", "flamingo_fast.cli"} | commands
+    printing = {"typer", "rich", "click", "shellingham", "annotated_doc", "typing_extensions"}
+    printing |= {"pygments", "markdown_it", "mdurl", "colorama"}
+    assert {name.partition(".")[0] for name in found - ours} <= printing
+
+
+def test_whatever_is_asked_for_first_all_names_are_there() -> None:
+    result = run_python("""
+import flamingo_fast, torch
+assert set(flamingo_fast.__all__) <= set(dir(flamingo_fast))
+flamingo_fast.squared_relu
+assert set(flamingo_fast.__all__) <= set(vars(flamingo_fast))
+assert len([name for name in dir(torch.ops.flamingo_fast) if name.endswith("_fwd")]) >= 7
+try:
+    flamingo_fast.nothing
+except AttributeError as error:
+    print(error)
+""")
+    expected = "module 'flamingo_fast' has no attribute 'nothing'\n"
+    assert result.stdout == expected, result.stdout + result.stderr
+
+
+def test_the_first_use_of_a_name_may_be_inside_compiled_code() -> None:
+    result = run_python("""
+import torch, flamingo_fast
+function = lambda x: flamingo_fast.squared_relu(x, impl="torch")
+compiled = torch.compile(function, fullgraph=True, backend="eager")
+print(compiled(torch.tensor([-1.0, 3.0])).tolist())
+""")
+    assert result.stdout == "[0.0, 9.0]\n", result.stdout + result.stderr
 
 
 def _import_all_without(blocked: tuple[str, ...], names: list[str]) -> None:
@@ -93,49 +141,23 @@ except flamingo_fast.BackendUnavailableError as error:
     assert "Triton is not installed" in result.stdout, result.stdout + result.stderr
 
 
-def layer_of(module: str) -> int:
-    parts = module.split(".")
-    top = parts[1] if len(parts) > 1 else parts[0]
-    ranks = [rank for rank, tops in enumerate(LAYERS) if top in tops]
-    assert ranks, f"{module}: no layer; add {top!r} to LAYERS"
-    return ranks[0]
-
-
-def imported_modules(name: str, file: Path) -> set[str]:
-    """The package's modules that `file` imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}: relative import, line {node.lineno}"
-            # `from flamingo_fast import reference` imports a module, not a name of __init__.py.
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(modules())
-            found |= submodules or {node.module or ""}
-    return {module for module in found if module.partition(".")[0] == "flamingo_fast"}
-
-
-@pytest.mark.parametrize("name", sorted(set(modules()) - {"flamingo_fast"}))
-def test_nothing_imports_upward(name: str) -> None:
-    upward = {
-        module
-        for module in imported_modules(name, modules()[name])
-        if layer_of(module) > layer_of(name)
-    }
-    assert not upward, f"{name} imports {sorted(upward)}, which are above it"
+def test_the_contract_of_layers_has_every_linked_folder() -> None:
+    """import-linter leaves out what has no __init__.py, silently, unless it is named."""
+    config = (ROOT / "pyproject.toml").read_text()
+    roots = config[config.index("root_packages = [") :].partition("]")[0]
+    links = {f"flamingo_fast.{link.name}" for link in PACKAGE.iterdir() if link.is_symlink()}
+    assert set(re.findall(r'"(.+?)"', roots)) == {"flamingo_fast"} | links
 
 
 @pytest.mark.parametrize("name", ["reference", "layout", "schedule"])
 def test_reference_imports_torch_only(name: str) -> None:
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    imports = {
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    own = f"flamingo_fast.{name}"
+    files = [file for module, file in modules().items() if f"{module}.".startswith(f"{own}.")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    imports = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imports |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imports = {module for module in imports if not f"{module}.".startswith(f"{own}.")}
+    imports -= {f"flamingo_fast.{each}" for each in ("layout", "namespace", "schedule", "watchers")}
     # What MediaLayout.plot imports when it is called.
-    imports -= {f"flamingo_fast.{name}" for name in ("layout", "namespace", "schedule", "watchers")}
     imports -= {"matplotlib"}
     assert {name.partition(".")[0] for name in imports} - set(sys.stdlib_module_names) == {"torch"}

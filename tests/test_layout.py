@@ -10,6 +10,7 @@ import sys
 import matplotlib
 import pytest
 import torch
+from layout_cases import LOCATIONS, START, assert_schedule, locations_of
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,11 +18,6 @@ from flamingo_fast.layout import ATTEND, MediaLayout
 from flamingo_fast.schedule import chunk_rows, num_slots
 
 matplotlib.use("Agg")
-
-
-def _locations(*samples: str) -> torch.Tensor:
-    """ "..i." is a sample whose third of four tokens is an image token."""
-    return torch.tensor([[token == "i" for token in sample] for sample in samples])
 
 
 def _media_by_hand(locations: list[bool], num_media: int, attend: str) -> list[range]:
@@ -89,7 +85,7 @@ def test_each_sample_attends_as_it_is_told(seed):
 
 
 def test_samples_that_all_attend_alike_are_a_batch_that_does():
-    locations = _locations("..i.i", "i....")
+    locations = locations_of("..i.i", "i....")
     for attend in ATTEND:
         layout = MediaLayout.from_media_locations(locations, [2, 1], [attend] * 2)
         assert layout == MediaLayout.from_media_locations(locations, [2, 1], attend)
@@ -99,7 +95,7 @@ def test_samples_that_all_attend_alike_are_a_batch_that_does():
 
 
 def test_small_layouts_by_hand():
-    locations = _locations("..i.ii.")
+    locations = locations_of("..i.ii.")
     previous = MediaLayout.from_media_locations(locations, 3)
     assert previous.media_start.tolist() == [[0, 0, 0, 0, 1, 2, 2]]
     assert previous.media_end.tolist() == [[0, 0, 1, 1, 2, 3, 3]]
@@ -116,7 +112,7 @@ def test_small_layouts_by_hand():
 
 @pytest.mark.parametrize("attend", ATTEND)
 def test_media_without_valid_tokens_count_as_nothing(attend):
-    locations = _locations(".i.i.", "i..i.")
+    locations = locations_of(".i.i.", "i..i.")
     seqlens = torch.tensor([0, 3, 2, 0])
     whole = MediaLayout.from_media_locations(locations, 2, attend)
     layout = MediaLayout.from_media_locations(locations, 2, attend, media_seqlens=seqlens)
@@ -137,7 +133,7 @@ def test_attends_where_the_mask_has_a_medium(seed):
 
 
 def test_forms_of_num_media():
-    locations = _locations(".i.i", "i...")
+    locations = locations_of(".i.i", "i...")
     expected = MediaLayout.from_media_locations(locations, [2, 2])
     for num_media in (2, (2, 2), torch.tensor([2, 2]), torch.tensor([2, 2], dtype=torch.int32)):
         assert MediaLayout.from_media_locations(locations, num_media) == expected
@@ -149,20 +145,20 @@ def test_forms_of_num_media():
 
 def test_counts_on_a_device_need_their_sum():
     """Where they can't be read without waiting, sizes follow from media_total alone."""
-    locations = _locations(".i.i", "i...").to("meta")
+    locations = locations_of(".i.i", "i...").to("meta")
     counts = torch.tensor([2, 1], device="meta")
     with pytest.raises(ValueError, match="media_total: expected the sum of num_media.* on meta"):
         MediaLayout.from_media_locations(locations, counts)
     layout = MediaLayout.from_media_locations(locations, counts, media_total=3)
     assert layout.media_total == layout.max_media == 3
-    on_cpu = MediaLayout.from_media_locations(_locations(".i.i", "i..."), [2, 1])
+    on_cpu = MediaLayout.from_media_locations(locations_of(".i.i", "i..."), [2, 1])
     for leaf, expected in zip(*map(pytree.tree_leaves, (layout, on_cpu)), strict=True):
         assert leaf.shape == expected.shape and leaf.dtype == expected.dtype
         assert leaf.device.type == "meta"
 
 
 def test_from_intervals_is_what_from_media_locations_makes():
-    made = MediaLayout.from_media_locations(_locations(".i.i.", "i...."), [2, 1])
+    made = MediaLayout.from_media_locations(locations_of(".i.i.", "i...."), [2, 1])
     given = MediaLayout.from_intervals(made.media_start.long(), made.media_end.long(), [2, 1], 1)
     assert given == made
     start, end = torch.tensor([[0, 1, 0]]), torch.tensor([[2, 3, 0]])
@@ -173,7 +169,7 @@ def test_from_intervals_is_what_from_media_locations_makes():
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 7])
 @pytest.mark.parametrize("attend", ATTEND)
 def test_last(attend, num_tokens):
-    locations = _locations("..i.ii.", "i......", ".......")
+    locations = locations_of("..i.ii.", "i......", ".......")
     seqlens = torch.tensor([1, 0, 2, 5, 1])
     layout = MediaLayout.from_media_locations(locations, [3, 1, 1], attend, media_seqlens=seqlens)
     last = layout.last(num_tokens)
@@ -183,19 +179,19 @@ def test_last(attend, num_tokens):
     assert torch.equal(last.past_last(), layout.past_last()[:, first:])
     assert torch.equal(last.media_seqlens, seqlens)
     if attend != "all_previous":
-        _assert_schedule(last)
+        assert_schedule(last)
 
 
 def test_cat_along_the_batch():
-    one = MediaLayout.from_media_locations(_locations("..i.i"), 2)
-    two = MediaLayout.from_media_locations(_locations("i....", "....."), [1, 3])
+    one = MediaLayout.from_media_locations(locations_of("..i.i"), 2)
+    two = MediaLayout.from_media_locations(locations_of("i....", "....."), [1, 3])
     both = MediaLayout.cat([one, two, one])
     assert both == MediaLayout.from_media_locations(
-        _locations("..i.i", "i....", ".....", "..i.i"), [2, 1, 3, 2]
+        locations_of("..i.i", "i....", ".....", "..i.i"), [2, 1, 3, 2]
     )
     assert MediaLayout.cat([two]) == two
     padded = MediaLayout.from_media_locations(
-        _locations("..i.i"), 2, media_seqlens=torch.tensor([1, 0])
+        locations_of("..i.i"), 2, media_seqlens=torch.tensor([1, 0])
     )
     mixed = MediaLayout.cat([one, padded])
     assert torch.equal(mixed.to_mask(), torch.cat([one.to_mask(), padded.to_mask()]))
@@ -204,7 +200,7 @@ def test_cat_along_the_batch():
 
 
 def test_cat_along_the_text():
-    whole = MediaLayout.from_media_locations(_locations("..i.i.", "i....."), 2)
+    whole = MediaLayout.from_media_locations(locations_of("..i.i.", "i....."), 2)
     first, rest = (
         MediaLayout.from_intervals(whole.media_start[:, part], whole.media_end[:, part], 2, 1)
         for part in (slice(0, 3), slice(3, None))
@@ -212,7 +208,7 @@ def test_cat_along_the_text():
     assert MediaLayout.cat([first, rest], dim=1) == whole
     decoded = MediaLayout.cat([whole, whole.last(1), whole.last(1)], dim=1)
     assert torch.equal(decoded.to_mask()[:, 6:], whole.to_mask()[:, [-1, -1]])
-    _assert_schedule(decoded)
+    assert_schedule(decoded)
 
 
 def _other_media(layout: MediaLayout) -> list[MediaLayout]:
@@ -239,21 +235,21 @@ def _other_media(layout: MediaLayout) -> list[MediaLayout]:
     ],
 )
 def test_cat_refuses(layouts, dim, message):
-    one = MediaLayout.from_media_locations(_locations("..i.i"), 2)
-    two = MediaLayout.from_media_locations(_locations("i....", "....."), [1, 3])
+    one = MediaLayout.from_media_locations(locations_of("..i.i"), 2)
+    two = MediaLayout.from_media_locations(locations_of("i....", "....."), [1, 3])
     with pytest.raises(ValueError, match=message):
         MediaLayout.cat(layouts(one, two), dim)
 
 
 def test_cat_of_a_layout_alone():
-    layout = MediaLayout.from_media_locations(_locations("..i.i"), 2)
+    layout = MediaLayout.from_media_locations(locations_of("..i.i"), 2)
     with pytest.raises(TypeError, match="layouts: expected several of them, got one MediaLayout"):
         MediaLayout.cat(layout)
 
 
 def test_to_moves_every_tensor():
     layout = MediaLayout.from_media_locations(
-        _locations("..i.i"), 2, media_seqlens=torch.tensor([1, 0])
+        locations_of("..i.i"), 2, media_seqlens=torch.tensor([1, 0])
     )
     assert layout.to("cpu") == layout
     assert layout.to(None) is layout
@@ -264,11 +260,11 @@ def test_to_moves_every_tensor():
 
 
 def test_equality():
-    locations = _locations("..i.i", "i....")
+    locations = locations_of("..i.i", "i....")
     layout = MediaLayout.from_media_locations(locations, 2)
     assert layout == MediaLayout.from_media_locations(locations.clone(), [2, 2])
     others = [
-        MediaLayout.from_media_locations(_locations("..i.i", ".i..."), 2),
+        MediaLayout.from_media_locations(locations_of("..i.i", ".i..."), 2),
         MediaLayout.from_media_locations(locations, [2, 1]),
         MediaLayout.from_media_locations(locations, 2, "next"),
         MediaLayout.from_media_locations(locations, 2, media_seqlens=torch.tensor([9, 9, 9, 9])),
@@ -284,7 +280,7 @@ def test_equality():
 
 
 def test_repr():
-    locations = _locations("..i.i", "i....")
+    locations = locations_of("..i.i", "i....")
     layout = MediaLayout.from_media_locations(locations, [2, 1])
     assert repr(layout) == "MediaLayout(2 x 5 tokens, 3 media on cpu, one medium a token)"
     layout = MediaLayout.from_media_locations(
@@ -296,7 +292,7 @@ def test_repr():
 
 
 def test_plot():
-    layout = MediaLayout.from_media_locations(_locations("..i.i", "....."), [2, 0])
+    layout = MediaLayout.from_media_locations(locations_of("..i.i", "....."), [2, 0])
     axes = layout.plot()
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("text token", "medium")
     assert axes.get_title() == "sample 0: 5 tokens, 2 attend to nothing"
@@ -315,13 +311,13 @@ def test_plot():
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'flamingo_fast\[bench\]'"):
-        MediaLayout.from_media_locations(_locations("..i.i"), 2).plot()
+        MediaLayout.from_media_locations(locations_of("..i.i"), 2).plot()
 
 
 @pytest.mark.parametrize("media_seqlens", [None, torch.tensor([1, 0, 3])])
 def test_is_a_pytree_of_its_tensors(media_seqlens):
     layout = MediaLayout.from_media_locations(
-        _locations("..i.i", "i...."), [2, 1], media_seqlens=media_seqlens
+        locations_of("..i.i", "i...."), [2, 1], media_seqlens=media_seqlens
     )
     leaves, spec = pytree.tree_flatten(layout)
     assert pytree.tree_unflatten(leaves, spec) == layout
@@ -334,7 +330,7 @@ def test_is_a_pytree_of_its_tensors(media_seqlens):
 
 def test_copies():
     layout = MediaLayout.from_media_locations(
-        _locations("..i.i"), 2, "all_previous", media_seqlens=torch.tensor([1, 0])
+        locations_of("..i.i"), 2, "all_previous", media_seqlens=torch.tensor([1, 0])
     )
     for copied in (copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
         assert copied == layout
@@ -351,7 +347,7 @@ def test_passes_through_torch_compile(attend):
     def use(layout):
         return layout.to_mask(), layout.attends(), layout.past_last()
 
-    locations = _locations("..i.ii.i", "........")
+    locations = locations_of("..i.ii.i", "........")
     layout = build(locations)
     built = torch.compile(build, fullgraph=True, backend="eager")(locations)
     assert built == layout
@@ -360,51 +356,10 @@ def test_passes_through_torch_compile(attend):
         assert torch.equal(tensor, expected)
 
 
-def _assert_schedule(layout: MediaLayout) -> None:
-    """Every promise of work_items and split_media, item by item."""
-    chunk = chunk_rows(layout.seqlen)
-    flat_start = (layout.cu_media[:-1, None] + layout.media_start).flatten()
-    attends = (layout.media_end > layout.media_start).flatten()
-    expected = torch.where(attends, flat_start, -1).tolist()
-    owners: list[int | None] = [None] * len(expected)
-    pieces: dict[int, list[tuple[int, int, int]]] = {}
-    lengths = []
-    rows = None if layout.row_index is None else layout.row_index.tolist()
-    for medium, begin, end, slot in layout.work_items.tolist():
-        lengths.append(end - begin)
-        assert 0 <= begin <= end <= min(begin + chunk * 5 // 4, len(expected))
-        assert -1 <= medium < layout.media_total
-        if medium >= 0:
-            pieces.setdefault(medium, []).append((begin, end, slot))
-        else:
-            assert slot == -1
-        for row in range(begin, end) if rows is None else rows[begin:end]:
-            assert owners[row] is None, f"row {row} is in two items"
-            owners[row] = medium
-    assert owners == expected
-    assert lengths == sorted(lengths, reverse=True)
-    slots, split = 0, []
-    # A medium that nobody attends to has an item too, which writes zeros as its gradients.
-    for medium in range(layout.media_total if expected else 0):
-        items = sorted(pieces[medium])
-        if len(items) == 1:
-            assert items[0][2] == -1
-            continue
-        assert [slot for *_, slot in items] == list(range(slots, slots + len(items)))
-        split.append([medium, slots, slots + len(items)])
-        slots += len(items)
-        *whole, last = [end - begin for begin, end, _ in items]
-        assert len(set(whole)) == 1 and whole[0] % 32 == 0 and last <= whole[0] <= chunk
-    assert slots <= num_slots(layout.batch_size, layout.seqlen)
-    entries = layout.split_media.tolist()
-    assert entries[: len(split)] == split
-    assert all(medium == -1 for medium, *_ in entries[len(split) :])
-
-
 @pytest.mark.parametrize("attend", ["previous", "next"])
 @pytest.mark.parametrize("seed", range(12))
 def test_schedule_of_random_layouts(seed, attend):
-    _assert_schedule(_random_layout(seed, attend)[2])
+    assert_schedule(_random_layout(seed, attend)[2])
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -415,7 +370,7 @@ def test_schedule_of_random_intervals(seed):
     keys = torch.randint(0, 2 * num_media + 1, (batch, seqlen), generator=generator)
     start = keys // 2
     end = start + keys % 2
-    _assert_schedule(MediaLayout.from_intervals(start, end, num_media, 1))
+    assert_schedule(MediaLayout.from_intervals(start, end, num_media, 1))
 
 
 def _at(seqlen: int, *positions: int) -> torch.Tensor:
@@ -443,7 +398,7 @@ def _at(seqlen: int, *positions: int) -> torch.Tensor:
     ],
 )
 def test_schedule_at_its_limits(locations, num_media):
-    _assert_schedule(MediaLayout.from_media_locations(locations, num_media))
+    assert_schedule(MediaLayout.from_media_locations(locations, num_media))
 
 
 def test_slots_of_media_of_a_chunk_and_a_half():
@@ -474,115 +429,7 @@ def test_empty(attend, batch, seqlen, num_media):
     assert f"{batch} x {seqlen} tokens" in repr(layout)
     layout.validate()
     if layout.max_media_per_token <= 1:
-        _assert_schedule(layout)
-
-
-LOCATIONS = _locations(".i.i", "i...")
-START = torch.zeros(2, 4, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "changed"),
-    [
-        (TypeError, "media_locations: expected a tensor, got list", {"media_locations": [[True]]}),
-        (
-            TypeError,
-            "media_locations: expected torch.bool, got torch.int64",
-            {"media_locations": LOCATIONS.long()},
-        ),
-        (
-            ValueError,
-            r"media_locations: expected shape \(B, L\), got \(4,\)",
-            {"media_locations": LOCATIONS[0]},
-        ),
-        (
-            ValueError,
-            "attend: expected one of previous, next, all_previous; got 'last'",
-            {"attend": "last"},
-        ),
-        (ValueError, "attend: expected one of .*; got 'last'", {"attend": ["next", "last"]}),
-        (ValueError, "attend: expected one for each of 2 samples, got 1", {"attend": ["next"]}),
-        (ValueError, "attend: expected one of .*; got None", {"attend": None}),
-        (ValueError, "num_media: expected an integer >= 0, got -1", {"num_media": -1}),
-        (ValueError, r"num_media: expected .* 2 of them .* got \[2\]", {"num_media": [2]}),
-        (ValueError, r"num_media: .* got \[2, -1\]", {"num_media": [2, -1]}),
-        (ValueError, "num_media: expected an integer .* got 2.5", {"num_media": 2.5}),
-        (ValueError, "num_media: expected an integer .* got True", {"num_media": True}),
-        (
-            TypeError,
-            "num_media: expected integers, got torch.float32",
-            {"num_media": torch.ones(2)},
-        ),
-        (
-            ValueError,
-            r"num_media: expected shape \(2,\), got \(3,\)",
-            {"num_media": torch.tensor([1, 1, 1])},
-        ),
-        (ValueError, "media_total: num_media adds up to 4, got 5", {"media_total": 5}),
-        (
-            TypeError,
-            "media_seqlens: expected integers, got torch.float32",
-            {"media_seqlens": torch.ones(4)},
-        ),
-        (TypeError, "media_seqlens: expected .*got list", {"media_seqlens": [1, 1, 1, 1]}),
-        (
-            ValueError,
-            r"media_seqlens: expected shape \(4,\) on cpu, got \(3,\) on cpu",
-            {"media_seqlens": torch.tensor([1, 1, 1])},
-        ),
-        (
-            ValueError,
-            "media_seqlens: medium 2 has -3 tokens",
-            {"media_seqlens": torch.tensor([1, 0, -3, -1])},
-        ),
-    ],
-)
-def test_wrong_arguments_of_from_media_locations(error, message, changed):
-    arguments = {"media_locations": LOCATIONS, "num_media": 2} | changed
-    with pytest.raises(error, match=message):
-        MediaLayout.from_media_locations(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "changed"),
-    [
-        (
-            TypeError,
-            "media_start: expected torch.int32 or torch.int64, got torch.float32",
-            {"media_start": START.float()},
-        ),
-        (
-            ValueError,
-            r"media_end: expected shape \(2, 4\), got \(2, 3\)",
-            {"media_end": START[:, 1:]},
-        ),
-        (
-            ValueError,
-            "media_end: expected device cpu, got meta",
-            {"media_end": START.to("meta")},
-        ),
-        (
-            ValueError,
-            "max_media_per_token: expected an integer >= 0, got -2",
-            {"max_media_per_token": -2},
-        ),
-        (
-            ValueError,
-            "max_media_per_token: expected an integer >= 0, got 1.5",
-            {"max_media_per_token": 1.5},
-        ),
-        (ValueError, r"num_media: .* got \[1, 1, 1\]", {"num_media": [1, 1, 1]}),
-    ],
-)
-def test_wrong_arguments_of_from_intervals(error, message, changed):
-    arguments = {
-        "media_start": START,
-        "media_end": START,
-        "num_media": 3,
-        "max_media_per_token": 1,
-    } | changed
-    with pytest.raises(error, match=message):
-        MediaLayout.from_intervals(**arguments)
+        assert_schedule(layout)
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,7 @@ def test_where_ranks_share_it_videos_are_resampled_in_one_call(resampler, monkey
     expected, gradients = _gradients(model, case.packed)
     calls = []
     model.resampler.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr("flamingo_fast.models.flamingo.is_sharded", lambda module: True)
+    monkeypatch.setattr("flamingo_fast.models.resampling.is_sharded", lambda module: True)
     loss, found = _gradients(model, case.packed)
     assert calls == [1]
     torch.testing.assert_close(loss, expected)

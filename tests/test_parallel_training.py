@@ -58,7 +58,21 @@ class Case:
     has_features: bool = False
 
 
+class ScaledEncoder(torch.nn.Module):
+    """With a scalar, as NFNets have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.convolution = torch.nn.Conv2d(3, 12, 4, stride=4)
+        self.gain = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.convolution(x) * self.gain).flatten(2).mT
+
+
 GATED = {"family": "chinchilla"}
+SCALED = {**GATED, "encoder": ScaledEncoder}
 CHECKPOINTING = ParallelConfig(activation_checkpointing=True)
 WHOLE = ParallelConfig(fsdp=False)
 CASES = {
@@ -81,6 +95,9 @@ CASES = {
     "text_only_rank_and_features": Case(
         GATED, micro_batch_size=1, text_only=(0, 1), is_packed=True, has_features=True
     ),
+    "scalars": Case(SCALED, unfreeze_vision=True),
+    "scalars_bf16": Case(SCALED, precision="bf16", unfreeze_vision=True),
+    "frozen_scalars_bf16": Case(SCALED, precision="bf16"),
     "videos_of_other_lengths": Case(GATED, frames=(1, 1, 2, 3), unfreeze_vision=True),
 }
 
@@ -119,7 +136,11 @@ def make_batches(case: Case, step: int) -> dict[str, Batch]:
 
 
 def make_model(case: Case) -> Flamingo:
-    model = open_gates(flamingo(**case.model))
+    arguments = dict(case.model)
+    # One of each model's own.
+    if isinstance(arguments.get("encoder"), type):
+        arguments["encoder"] = arguments["encoder"]()
+    model = open_gates(flamingo(**arguments))
     if case.unfreeze_vision:
         model.vision_encoder.freeze(False)
     return model
@@ -180,7 +201,8 @@ def check_case(name: str, rank: int) -> None:
     assert list(own) == list(others)
     for key, weight in own.items():
         assert weight.dtype == torch.float32
-        assert isinstance(weight, DTensor) == case.parallel.fsdp, f"{name}: {key}"
+        is_shared = case.parallel.fsdp and weight.dim() > 0
+        assert isinstance(weight, DTensor) == is_shared, f"{name}: {key}"
         atol = (0.5 if is_narrow else 1e-4) * OPTIMIZER.lr * updates
         torch.testing.assert_close(
             whole(weight), others[key], rtol=0, atol=atol, msg=f"{name}: {key}"

@@ -1,8 +1,8 @@
 """`flamingo-fast patch`: the report of a model in a folder, and what users' mistakes look like."""
 
+import functools
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,25 +14,17 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import flamingo_fast  # noqa: E402
-from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.patching import Rule, register, unregister  # noqa: E402
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(command: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs `flamingo-fast patch`; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flamingo-fast", "patch", *map(str, arguments)])
-        # Errors are folded to the terminal's width.
-        monkeypatch.setenv("COLUMNS", "1000")
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
+    # Errors are folded to the terminal's width.
+    monkeypatch.setenv("COLUMNS", "1000")
+    return functools.partial(command, "patch")
 
 
 def model_and_config(family: str, folder: Path) -> nn.Module:

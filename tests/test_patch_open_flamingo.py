@@ -13,94 +13,23 @@ from typing import Any
 import patch_cases
 import pytest
 import torch
+from patch_open_flamingo_cases import (
+    BF16,
+    EOC,
+    FP32,
+    IMAGE,
+    PAD,
+    attentions_of,
+    call_model,
+    make_batch,
+    make_model,
+)
 from torch import nn
 
 from flamingo_fast import modules
 from flamingo_fast.patching import PatchReport, PatchWarning, parts, patch, unpatch
 from flamingo_fast.patching.state import is_patched, state_of
 from flamingo_fast.testing import peers
-
-transformers = pytest.importorskip("transformers")
-
-EOC, IMAGE, VOCAB, PAD = 38, 39, 40, 1
-FEATURES = 24
-FP32, BF16 = torch.float32, torch.bfloat16
-LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
-
-
-class Visual(nn.Module):
-    """As OpenCLIP's `visual`: (pooled, tokens)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, FEATURES, 4, 4)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.proj(images).flatten(2).mT
-        return tokens.mean(1), tokens
-
-
-def _lang_model(family: str, dim: int, depth: int) -> nn.Module:
-    ids = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": PAD}
-    if family == "gpt2":
-        drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(n_embd=dim, n_layer=depth, n_head=4, **drop, **ids)
-        return transformers.GPT2LMHeadModel(config)
-    sizes = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(intermediate_size=2 * dim, **sizes, **ids)
-    return transformers.LlamaForCausalLM(config)
-
-
-def _model(
-    family: str = "llama", immediate: bool = True, dim: int = 32, depth: int = 3, every: int = 1
-) -> Any:
-    """Random in all weights, gates open, in eval mode."""
-    torch.manual_seed(0)
-    model: Any = peers.open_flamingo_model(
-        Visual(),
-        _lang_model(family, dim, depth),
-        LAYERS[family],
-        vis_dim=FEATURES,
-        eoc_token_id=EOC,
-        media_token_id=IMAGE,
-        cross_attn_every_n_layers=every,
-    )
-    del model.perceiver.layers[2:]
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=(1.5 if dim == 32 else 1) * dim**-0.5)
-    for attn in _attentions(model):
-        attn.only_attend_immediate_media = immediate
-    return patch_cases.open_gates(model).eval()
-
-
-def _attentions(model: nn.Module) -> list[Any]:
-    """Each once: the model has its layers in several places."""
-    names = ("to_q", "only_attend_immediate_media")
-    return [each for each in model.modules() if all(hasattr(each, name) for name in names)]
-
-
-def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, their mask and images: late, side by side, none, too many image tokens, padded left."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(5, EOC, (5, 11), generator=generator)
-    for row, places in enumerate([(4, 8), (0, 1), (), (2, 5, 7), (6,)]):
-        ids[row, list(places)] = IMAGE
-    mask = torch.ones_like(ids)
-    for row, padding in ((2, 3), (4, 4)):
-        ids[row, :padding], mask[row, :padding] = PAD, 0
-    return ids, mask, torch.randn(5, 2, 1, 3, 8, 8, generator=generator)
-
-
-def _call(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask, images = _batch()
-    images = images.to(model.vision_encoder.proj.weight.dtype)
-    logits = model(images, ids, attention_mask=mask).logits
-    # OpenFlamingo's loss has fp32 inside, be the model in fp64.
-    loss = nn.functional.cross_entropy(
-        logits[:, :-1][mask[:, 1:] == 1], ids[:, 1:][mask[:, 1:] == 1]
-    )
-    return logits[mask == 1], loss
 
 
 @pytest.mark.parametrize(
@@ -113,8 +42,8 @@ def _call(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 def test_whole_model(family: str, immediate: bool, dtype: torch.dtype, training: bool) -> None:
-    model = _model(family, immediate, every=2 if training else 1).train(training)
-    report = patch_cases.check_parity(model, _call, dtype)
+    model = make_model(family, immediate, every=2 if training else 1).train(training)
+    report = patch_cases.check_parity(model, call_model, dtype)
     assert not report.left
     rules = {entry.rule for entry in report.patched}
     names = ("attention", "block", "perceiver_attention", "resampler")
@@ -125,18 +54,18 @@ def test_whole_model(family: str, immediate: bool, dtype: torch.dtype, training:
 def test_whole_model_of_middle_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the fused gated residuals of larger ones."""
     monkeypatch.setattr(parts, "_FEW_IN_TRAINING", 0)
-    patch_cases.check_parity(_model("llama", dim=256, depth=2), _call, dtype)
+    patch_cases.check_parity(make_model("llama", dim=256, depth=2), call_model, dtype)
 
 
 @pytest.mark.parametrize("off", ["cross_attention", "resampler", "gated_residual", "norm"])
 def test_features_left_out(off: str) -> None:
-    report = patch_cases.check_parity(_model(depth=2), _call, **{off: False})
+    report = patch_cases.check_parity(make_model(depth=2), call_model, **{off: False})
     assert {entry.reason for entry in report.left} <= {f"{off}=False"}
     assert bool(report.left) == (off != "norm")
 
 
 def _generate(model: Any, beams: int = 1, tokens: int = 8) -> torch.Tensor:
-    ids, mask, images = _batch()
+    ids, mask, images = make_batch()
     options = {"max_new_tokens": tokens, "num_beams": beams, "pad_token_id": PAD}
     return model.generate(images, ids, attention_mask=mask, do_sample=False, **options)[:, 11:]
 
@@ -147,7 +76,7 @@ def _generate(model: Any, beams: int = 1, tokens: int = 8) -> torch.Tensor:
      ("gpt2", True, 1, False)],
 )  # fmt: skip
 def test_generation(family: str, immediate: bool, beams: int, cache: bool) -> None:
-    model = _model(family, immediate)
+    model = make_model(family, immediate)
     patch_cases.check_generation(model, lambda model: _generate(model, beams), media_kv_cache=cache)
 
 
@@ -176,7 +105,7 @@ def _conversation(model: Any) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_new_image_in_the_middle_of_a_generation(inference: bool) -> None:
-    model = _model("gpt2")
+    model = make_model("gpt2")
     with torch.inference_mode(inference), torch.no_grad():
         before = list(_conversation(model))
         patch(model)
@@ -186,8 +115,8 @@ def test_new_image_in_the_middle_of_a_generation(inference: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_text_after_media_that_were_cached(tokens: int) -> None:
-    model = _model("llama")
-    ids, _, images = _batch()
+    model = make_model("llama")
+    ids, _, images = make_batch()
 
     @torch.no_grad()
     def scores() -> torch.Tensor:
@@ -204,7 +133,7 @@ def test_text_after_media_that_were_cached(tokens: int) -> None:
 
 def _count_projections(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by an element with each call of a cross-attention's to_kv."""
-    projections = {id(attn.to_kv) for attn in _attentions(model)}
+    projections = {id(attn.to_kv) for attn in attentions_of(model)}
     calls: list[int] = []
     linear = nn.Linear.forward
 
@@ -218,7 +147,7 @@ def _count_projections(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]
 
 
 def test_media_are_projected_once_in_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model()
+    model = make_model()
     calls = _count_projections(model, monkeypatch)
     found = {}
     for cache in (True, False):
@@ -228,21 +157,21 @@ def test_media_are_projected_once_in_a_generation(monkeypatch: pytest.MonkeyPatc
         found[cache] = len(calls)
     assert found == {True: 3, False: 24}
     patch(model)
-    _call(model)
+    call_model(model)
     calls.clear()
-    _call(model)
+    call_model(model)
     assert len(calls) == 3  # With gradients, or in another pass of images, always anew.
 
 
 def test_what_is_kept_of_media_dies_with_them() -> None:
-    model = _model()
+    model = make_model()
     patch(model)
     for end in (model.lang_encoder.clear_conditioned_layers, lambda: unpatch(model)):
         with torch.no_grad():
-            model.cache_media(*_batch()[::2])
+            model.cache_media(*make_batch()[::2])
             text = torch.full((5, 1), 7)
             model(None, text, torch.ones_like(text), clear_conditioned_layers=False)
-        memories = [state_of(attn).memory["media_kv"] for attn in _attentions(model)]
+        memories = [state_of(attn).memory["media_kv"] for attn in attentions_of(model)]
         kept = [weakref.ref(memory._value[0]) for memory in memories]
         del memories
         assert all(each() is not None for each in kept) and len(kept) == 3
@@ -590,7 +519,7 @@ def test_whole_model_saved_and_loaded(family: str, tmp_path: Path) -> None:
 
     Into a model that isn't patched, and from that one into a patched one.
     """
-    patched, plain, again = (_model(family, depth=2) for _ in range(3))
+    patched, plain, again = (make_model(family, depth=2) for _ in range(3))
     with torch.no_grad():
         for number, model in enumerate((plain, again), start=1):
             for parameter in model.parameters():
@@ -602,13 +531,13 @@ def test_whole_model_saved_and_loaded(family: str, tmp_path: Path) -> None:
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
     again.load_state_dict(torch.load(tmp_path / "plain.pt"))
     with torch.no_grad():
-        expected, _ = _call(patched)
+        expected, _ = call_model(patched)
         for model in (plain, again):
-            torch.testing.assert_close(_call(model)[0], expected)
+            torch.testing.assert_close(call_model(model)[0], expected)
 
 
 def test_patched_forwards_are_gone_after_unpatch() -> None:
-    model = _model()
+    model = make_model()
     patch(model)
     unpatch(model)
     assert not any(is_patched(each) or "forward" in vars(each) for each in model.modules())

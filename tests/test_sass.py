@@ -1,12 +1,10 @@
 """The hot loop of a kernel's machine code is found, and shown with what lives there."""
 
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from flamingo_fast import cli
 from flamingo_fast.profiling import sass
 from flamingo_fast.profiling.sass import (
     DoesNotCompileError,
@@ -124,17 +122,10 @@ def test_names_what_there_is() -> None:
         (["one_medium_fwd", "sm_90", "--target", "sm_80"], "sass: goes without --target"),
     ],
 )
-def test_mistakes(
-    options: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["flamingo-fast", "kernels", "--sass", *options])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+def test_mistakes(options: list[str], message: str, command: Callable) -> None:
+    code, _, err = command("kernels", "--sass", *options)
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,35 @@
 """What masked_cross_attention promises beside the values, where tokens attend to several media."""
 
-import dataclasses
 import functools
 
 import pytest
 import torch
 from attention_contract import (
     BF16,
-    HostSyncError,
     assert_equal,
+    check_built_without_host_sync,
+    check_planted_sync,
     inputs_of,
-    no_host_sync,
+    locations_at,
     peak_bytes,
     run_layout,
     run_on_meta,
     use_real_launchers,
     with_checkpoint,
+)
+from several_media_cases import (
+    COMBINE,
+    DKV,
+    DQ,
+    FORWARD,
+    LENGTHS,
+    SETTINGS,
+    Setting,
+    all_previous_layout,
+    every_impl,
+    every_setting,
+    holes_layout,
+    make_mask,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -27,79 +41,6 @@ from flamingo_fast.testing.guard import guard
 from flamingo_fast.testing.inputs import random_tensor
 
 pytestmark = pytest.mark.matrix
-
-every_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
-
-FORWARD, COMBINE = "_several_media_fwd_kernel", "_combine_splits_kernel"
-DQ, DKV = "_several_media_dq_kernel", "_several_media_dkv_kernel"
-
-
-def _locations(images, seqlen) -> torch.Tensor:
-    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
-    for sample, positions in enumerate(images):
-        locations[sample, list(positions)] = True
-    return locations
-
-
-def _all_previous(images=((2, 5), (0, 1, 9)), num_media=(2, 3), seqlen=12, **options):
-    return MediaLayout.from_media_locations(
-        _locations(images, seqlen), num_media, "all_previous", **options
-    )
-
-
-def _mask() -> torch.Tensor:
-    """(2, 9, 5) with holes; some tokens attend to nothing."""
-    return torch.rand(2, 9, 5, generator=torch.Generator().manual_seed(3)) < 0.3
-
-
-LENGTHS = torch.tensor([5, 8, 0, 3, 1, 8, 4, 0, 9, 2])
-
-
-def _holes() -> MediaLayout:
-    return MediaLayout.from_media_mask(_mask(), media_seqlens=LENGTHS)
-
-
-def _split() -> MediaLayout:
-    """Of media of 300 tokens, which splits have three of."""
-    return _all_previous(((0, 1, 2, 3),), (4,), seqlen=5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A layout, and what else makes a difference to the kernels."""
-
-    make_layout: functools.partial
-    num_keys: int = 8
-    unattended: str = "zero"
-
-    def run(self, impl, layout=None, **options) -> dict[str, torch.Tensor]:
-        return run_layout(
-            self.make_layout() if layout is None else layout,
-            impl,
-            num_keys=self.num_keys,
-            unattended=self.unattended,
-            **options,
-        )
-
-    def inputs(self, **options) -> dict[str, torch.Tensor]:
-        return inputs_of(self.make_layout(), num_keys=self.num_keys, **options)
-
-    def call(self, impl, layout=None):
-        """Of q, k and v."""
-        return functools.partial(
-            ff.masked_cross_attention,
-            layout=self.make_layout() if layout is None else layout,
-            unattended=self.unattended,
-            impl=impl,
-        )
-
-
-SETTINGS = {
-    "all_previous": Setting(_all_previous),
-    "holes_dense": Setting(_holes, unattended="dense"),
-    "split": Setting(_split, num_keys=300),
-}
-every_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
@@ -118,7 +59,7 @@ def test_compile_fullgraph_with_a_layout_given(impl, checkpointed, guarded):
 @pytest.mark.parametrize("of_mask", [False, True], ids=["locations", "mask"])
 @every_impl
 def test_compile_fullgraph_with_a_layout_built_inside(impl, of_mask, guarded):
-    locations, mask = _locations(((2, 5), (0, 1, 9)), 12), _mask()
+    locations, mask = locations_at(((2, 5), (0, 1, 9)), 12), make_mask()
 
     def make_layout():
         if of_mask:
@@ -164,7 +105,7 @@ def test_fake_tensors_have_the_real_metadata(impl, setting, frozen):
 
 @every_impl
 def test_gradients_of_halves_of_one_projection_are_halves_too(impl):
-    layout = _holes()
+    layout = holes_layout()
     q, _, _ = inputs_of(layout, torch.float32).values()
     projected = random_tensor((10, 8, 2, 2, 16), seed=5)
     k, v = (half.requires_grad_() for half in projected.unbind(2))
@@ -372,7 +313,7 @@ def test_only_media_that_are_attended_to_are_read(num_keys):
 def test_saved_for_backward(impl, num_media, guarded):
     """q, k, v, the layout, the output and a log-sum a row and head: nothing of L * N."""
     images = (tuple(range(0, 60, 60 // num_media)),)
-    layout = _all_previous(images, (num_media,), seqlen=60)
+    layout = all_previous_layout(images, (num_media,), seqlen=60)
     inputs = inputs_of(layout, num_keys=80 // num_media)
     given = [*inputs.values(), *pytree.tree_leaves(layout)]
     given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
@@ -393,7 +334,7 @@ def test_saved_for_backward(impl, num_media, guarded):
 def _all_previous_of_32_media() -> MediaLayout:
     """2048 tokens; image positions at random."""
     positions = torch.randperm(2048, generator=torch.Generator().manual_seed(0))[:32].tolist()
-    return _all_previous((positions,), (32,), seqlen=2048)
+    return all_previous_layout((positions,), (32,), seqlen=2048)
 
 
 def _image_of_four_tiles() -> MediaLayout:
@@ -460,17 +401,13 @@ LAYOUTS_ON_META = {
     "cat_of_samples": lambda: MediaLayout.cat([from_mask(), LAYOUTS_ON_META["all_previous"]()]),
     "cat_of_text": lambda: MediaLayout.cat([from_mask(), from_mask().last(1)], dim=1),
     "cat_of_seqlens": lambda: MediaLayout.cat([from_mask(), from_mask(media_seqlens=META_LENGTHS)]),
-    "to": lambda: _holes().to("meta"),
+    "to": lambda: holes_layout().to("meta"),
 }
 
 
 @pytest.mark.parametrize("make_layout", LAYOUTS_ON_META.values(), ids=LAYOUTS_ON_META.keys())
 def test_layouts_are_built_without_a_host_sync(make_layout):
-    with no_host_sync():
-        layout = make_layout()
-        mask, attends, past_last = layout.to_mask(), layout.attends(), layout.past_last()
-    assert layout.device.type == "meta"
-    assert mask.shape[:2] == attends.shape == past_last.shape == layout.media_start.shape
+    check_built_without_host_sync(make_layout)
 
 
 @pytest.fixture
@@ -505,199 +442,4 @@ def test_launchers_of_splits_make_no_host_sync(real_launchers):
 
 @pytest.mark.parametrize("planted", ["_forward", "_backward"])
 def test_a_host_sync_planted_in_a_launcher_is_noticed(planted, real_launchers, monkeypatch):
-    real = getattr(several_media_attention, planted)
-
-    def synchronising(first, *rest):
-        first.sum().item()
-        return real(first, *rest)
-
-    monkeypatch.setattr(several_media_attention, f"{planted}_op", synchronising)
-    with pytest.raises(HostSyncError, match="_local_scalar_dense"):
-        run_on_meta(from_mask(), impl="triton")
-
-
-LARGEST, LOWEST = 2**31 - 1, -(2**31)
-
-
-def _with_garbage(tensor: torch.Tensor, garbage: int, seed: int = 0) -> torch.Tensor:
-    """A third of the elements are garbage."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.where(torch.rand(tensor.shape, generator=generator) < 0.3, garbage, tensor)
-
-
-def _with_bounds(layout: MediaLayout, **bounds) -> MediaLayout:
-    """As on a GPU, where nobody validates them."""
-    return MediaLayout._with_schedule(
-        bounds.get("media_start", layout.media_start),
-        bounds.get("media_end", layout.media_end),
-        layout.cu_media,
-        layout.media_seqlens,
-        layout.media_total,
-        layout.max_media,
-        layout.max_media_per_token,
-        in_order=False,
-        media_bits=layout.media_bits,
-    )
-
-
-@functools.cache
-def _run_of_holes(num_keys: int, unattended: str) -> dict[str, torch.Tensor]:
-    return Setting(_holes, num_keys, unattended).run("triton")
-
-
-@pytest.mark.parametrize(
-    ("num_keys", "unattended", "garbage"),
-    [(8, "zero", LARGEST), (8, "dense", LOWEST), (64, "dense", -1), (64, "zero", LOWEST)],
-)
-@pytest.mark.parametrize("bound", ["media_start", "media_end"])
-def test_intervals_of_garbage(bound, garbage, unattended, num_keys):
-    """Their rows get something, and others what is right."""
-    setting = Setting(_holes, num_keys, unattended)
-    sound = _holes()
-    values = _with_garbage(getattr(sound, bound), garbage)
-    with guard():
-        found = setting.run("triton", _with_bounds(sound, **{bound: values}))
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    untouched = values == getattr(sound, bound)
-    assert untouched.any() and not untouched.all()
-    expected = _run_of_holes(num_keys, unattended)
-    assert torch.equal(found["out"][untouched], expected["out"][untouched])
-
-
-def test_an_interval_that_ends_far_before_it_starts_is_empty(guarded):
-    """Also in the second word of its media."""
-    mask = torch.zeros(1, 3, 70, dtype=torch.bool)
-    mask[0, [0, 1, 2], [3, 68, 2]] = True
-    layout = MediaLayout.from_media_mask(mask)
-    ends = torch.tensor([[4, 69, LOWEST]], dtype=torch.int32)
-    out = run_layout(_with_bounds(layout, media_end=ends), "triton", frozen=("k", "v"))["out"]
-    assert not out[0, 2].any()
-    expected = run_layout(layout, "triton", frozen=("k", "v"))["out"]
-    assert torch.equal(out[:, :2], expected[:, :2])
-
-
-@pytest.mark.parametrize(
-    ("num_keys", "unattended", "garbage"),
-    [
-        (8, "zero", (LARGEST, LOWEST)),
-        (8, "dense", (LOWEST, LARGEST)),
-        (64, "zero", (LARGEST, LARGEST)),
-        (64, "zero", (LOWEST, LOWEST)),
-        (64, "dense", (17, -1)),
-    ],
-)
-def test_rows_of_media_of_garbage(garbage, unattended, num_keys):
-    """They choose the rows that dK and dV are summed over, and nothing else."""
-    sound, setting = _holes(), Setting(_holes, num_keys, unattended)
-    rows = [_with_garbage(sound.media_rows[:, bound], garbage[bound], bound) for bound in (0, 1)]
-    with guard():
-        found = setting.run("triton", dataclasses.replace(sound, media_rows=torch.stack(rows, 1)))
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    expected = _run_of_holes(num_keys, unattended)
-    assert torch.equal(found["out"], expected["out"])
-    assert torch.equal(found["dq"], expected["dq"])
-
-
-@pytest.mark.parametrize(
-    ("num_keys", "unattended", "cu_media"),
-    [
-        (8, "zero", (LARGEST, 5, 10)),
-        (64, "dense", (0, LARGEST, 10)),
-        (8, "dense", (0, LOWEST, 10)),
-        (64, "zero", (3, 7, LOWEST)),
-        (64, "zero", (9, 4, 4)),
-    ],
-)
-def test_counts_of_garbage(cu_media, unattended, num_keys):
-    hostile = dataclasses.replace(_holes(), cu_media=torch.tensor(cu_media, dtype=torch.int32))
-    with guard() as guarded:
-        found = Setting(_holes, num_keys, unattended).run("triton", hostile)
-    assert [launch.kernel for launch in guarded.launches] == [FORWARD, DQ, DKV]
-    assert found["out"].isfinite().all() and found["dq"].isfinite().all()
-
-
-def test_a_medium_before_the_first_of_its_sample(guarded):
-    """Its word of bits would be before the first one of all."""
-    layout = MediaLayout.from_media_mask(torch.eye(140, dtype=torch.bool)[None, :1])
-    hostile = dataclasses.replace(layout, cu_media=torch.tensor([139, 140], dtype=torch.int32))
-    found = run_layout(hostile, "triton", num_keys=64, frozen=("q",))
-    assert all(tensor.isfinite().all() for tensor in found.values())
-
-
-@pytest.mark.parametrize("num_keys", [8, 64])
-def test_bits_beyond_the_media(num_keys, guarded):
-    """They don't exist, and tokens outside of the interval are not attended to."""
-    layout = _holes()
-    beyond = layout.media_bits | ~((1 << layout.media_end.long()) - 1)[..., None]
-    setting = Setting(_holes, num_keys)
-    found = setting.run("triton", dataclasses.replace(layout, media_bits=beyond))
-    assert_equal(found, _run_of_holes(num_keys, "zero"))
-
-
-def test_lengths_of_garbage():
-    lengths = torch.tensor([LARGEST, LOWEST, -1, 9, 300, 0, LARGEST, 3, LOWEST, 8])
-    setting = Setting(_all_previous)
-    hostile = dataclasses.replace(_all_previous(), media_seqlens=lengths[:5].int())
-    sound = _all_previous(media_seqlens=lengths[:5].clamp(0, 8))
-    with guard():
-        assert_equal(setting.run("triton", hostile), setting.run("triton", sound))
-
-
-def test_splits_of_garbage():
-    layout = _split()
-    lengths = torch.tensor([LARGEST, -1, LOWEST, 290], dtype=torch.int32)
-    hostile = dataclasses.replace(
-        layout,
-        media_start=_with_garbage(layout.media_start, LOWEST),
-        media_end=_with_garbage(layout.media_end, LARGEST, seed=1),
-        media_seqlens=lengths,
-    )
-    with guard() as guarded:
-        found = Setting(_split, 300, "dense").run("triton", hostile)
-    assert [launch.kernel for launch in guarded.launches] == [FORWARD, COMBINE, DQ, DKV]
-    assert all(tensor.isfinite().all() for tensor in found.values())
-
-
-@pytest.mark.parametrize("num_keys", [8, 64])
-def test_media_that_counts_on_a_device_leave_out(num_keys, guarded):
-    """They are nobody's: their gradients are zeros."""
-    mask = torch.ones(2, 4, 3, dtype=torch.bool)
-    counts = torch.tensor([3, 2], device="meta")
-    on_meta = MediaLayout.from_media_mask(mask.to("meta"), num_media=counts, media_total=8)
-    mask[1, :, 2] = False
-    sound = MediaLayout.from_media_mask(mask, num_media=[3, 2])
-    layout = MediaLayout._with_schedule(
-        sound.media_start,
-        sound.media_end,
-        sound.cu_media,
-        None,
-        media_total=8,
-        max_media=on_meta.max_media,
-        max_media_per_token=3,
-        in_order=False,
-        media_bits=sound.media_bits,
-    )
-    found = run_layout(layout, "triton", num_keys=num_keys)
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    assert not found["dk"][5:].any() and not found["dv"][5:].any()
-    assert found["dk"][:5].any(3).any(2).all()
-
-
-def test_offsets_beyond_32_bits():
-    """Batch, token, head, medium and key of strides that only 64 bits count."""
-    far = 2**31 + 64
-    memory = torch.empty(far + 2**16, dtype=BF16)
-    layout = _all_previous(((0, 3), (1, 2)), (2, 2), seqlen=4)
-    near = {name: tensor.detach() for name, tensor in inputs_of(layout).items()}
-    attend = functools.partial(ff.masked_cross_attention, layout=layout, impl="triton")
-    views = {
-        "q": [(far, 2**9, 2**6, 1), (2**9, far // 3 // 8 * 8, 2**6, 1)]
-        + [(2**9, 2**11, far // 3 // 8 * 8, 1)],
-        "k": [(far // 3 // 8 * 8, 2**10, 2**6, 1), (2**6, far // 7 // 8 * 8, 2**9, 1)],
-    }
-    with guard():
-        expected = attend(**near)
-        for name, strides in views.items():
-            for stride in strides:
-                moved = memory.as_strided(near[name].shape, stride).copy_(near[name])
-                assert torch.equal(attend(**near | {name: moved}), expected)
+    check_planted_sync(monkeypatch, several_media_attention, planted, from_mask())

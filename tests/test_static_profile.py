@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import pkgutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from rich.console import Console
 
 import flamingo_fast as ff
 import flamingo_fast.kernels
-from flamingo_fast import cli
 from flamingo_fast.bench import plan
 from flamingo_fast.bench.registry import Case
 from flamingo_fast.bench.roofline import GPUS
@@ -370,34 +368,20 @@ def test_json() -> None:
         (["--roofline", "--sass", "matmul", "sm_90"], "sass: goes without --roofline"),
     ],
 )
-def test_mistakes(
-    options: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["flamingo-fast", "kernels", *options])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == 2
-    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in text
+def test_mistakes(options: list[str], message: str, command: Callable) -> None:
+    code, _, err = command("kernels", *options)
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
 
 
 @pytest.mark.slow
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path: Path, command: Callable) -> None:
     """Of an op whose binaries goldens have, or that takes seconds to compile."""
     file = tmp_path / "roofline.json"
     options = ["--roofline", "--case", "squared_relu/8192x4096/bf16", "--json", str(file)]
     targets = ["--target", "gfx942", "--target", "sm_90"]
-    monkeypatch.setattr(sys, "argv", ["flamingo-fast", "kernels", *options, *targets])
-    try:
-        cli.main()
-    except SystemExit as exit:
-        assert not exit.code
-    assert "squared_relu_bwd" in capsys.readouterr().out
+    code, out, _ = command("kernels", *options, *targets)
+    assert code == 0 and "squared_relu_bwd" in out
     forward, backward = json.loads(file.read_text())["rows"]
     assert forward["kernel"] == "_squared_relu_fwd_kernel"
     h100, mi300x = forward["predicted"]

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from shard_cases import encoded, pair, picture, write_tar  # noqa: E402
 from stream_cases import word_tokenizer  # noqa: E402
 from test_table3_measured import SMALLEST  # noqa: E402
 
-from flamingo_fast import cli  # noqa: E402
-from flamingo_fast.bench import suites, table3, table3_measured, table3_report  # noqa: E402
+from flamingo_fast.bench import table3, table3_measured, table3_report, table3_suite  # noqa: E402
 from flamingo_fast.bench.table3_data import RealData  # noqa: E402
 from flamingo_fast.bench.table3_measured import Measurement  # noqa: E402
 from flamingo_fast.bench.table3_scales import SCALES  # noqa: E402
@@ -141,12 +139,12 @@ def test_pareto_front():
 
 def test_plots_have_every_row():
     pytest.importorskip("matplotlib")
-    section = suites.table3_section(MEASURED, predictions())
+    section = table3_suite.table3_section(MEASURED, predictions())
     assert [figure.name for figure in section.figures] == ["table3", "tradeoff"]
     for figure in section.figures:
         assert figure.png.startswith(b"\x89PNG") and figure.svg.startswith("<svg")
     assert [ratio.name for ratio in section.ratios] == [f"table3 micro {row}" for row in ROWS]
-    assert suites.table3_section([], predictions()).tables == []
+    assert table3_suite.table3_section([], predictions()).tables == []
 
 
 def test_the_plot_of_a_file_is_that_of_its_measurement(tmp_path: Path):
@@ -180,27 +178,17 @@ def test_the_plot_of_a_file_is_that_of_its_measurement(tmp_path: Path):
         table3_report.plot_ratios_of_csv(file)
 
 
-def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["flamingo-fast", "table3", *arguments])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    captured = capsys.readouterr()
-    return exit.value.code or 0, captured.out, captured.err
-
-
 def cells_of(line: str) -> list[str]:
     return line.split()
 
 
-def test_command(tmp_path: Path, monkeypatch, capsys):
+def test_command(tmp_path: Path, monkeypatch, command):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(suites, "predict", predictions)
+    monkeypatch.setattr(table3_suite, "predict", predictions)
     monkeypatch.setitem(SCALES, "smallest", SMALLEST)
     file, out = tmp_path / "measured.csv", tmp_path / "report"
     options = ("--scale", "smallest", "--steps", "2", "--out", str(out))
-    code, shown, _ = run_command(
-        monkeypatch, capsys, *options, "--rows", "every_4th", "--csv", str(file)
-    )
+    code, shown, _ = command("table3", *options, "--rows", "every_4th", "--csv", str(file))
     assert code == 0
     with file.open(newline="") as lines:
         (row,) = csv.DictReader(lines)
@@ -216,13 +204,13 @@ def test_command(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(
         table3_measured, "Step", lambda config, *_, **__: pytest.fail("measured again")
     )
-    code, again, _ = run_command(monkeypatch, capsys, *options, "--rows", "every_4th", "--resume")
+    code, again, _ = command("table3", *options, "--rows", "every_4th", "--resume")
     assert code == 0 and f"{float(row['measured_ratio']):.3f}" in again
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, command):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(suites, "predict", predictions)
+    monkeypatch.setattr(table3_suite, "predict", predictions)
     monkeypatch.setitem(SCALES, "smallest", SMALLEST)
     made = []
 
@@ -234,7 +222,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, capsys):
 
     monkeypatch.setattr(table3_measured, "Step", interrupted)
     options = ("--scale", "smallest", "--steps", "1", "--out", str(tmp_path))
-    code, shown, _ = run_command(monkeypatch, capsys, *options, "--rows", "every_4th,wo_m3w")
+    code, shown, _ = command("table3", *options, "--rows", "every_4th,wo_m3w")
     assert code == 1
     assert "interrupted: what follows was not measured" in shown
     assert "wo_m3w" in shown and "every_4th  " not in shown
@@ -255,10 +243,10 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, capsys):
         (["--scale", "micro", "--data", "tests"], "tokenizer"),
     ],
 )
-def test_wrong_options_are_one_line(arguments, message, monkeypatch, capsys):
+def test_wrong_options_are_one_line(arguments, message, monkeypatch, command):
     monkeypatch.chdir(Path(__file__).parents[1])
-    monkeypatch.setattr(suites, "predict", lambda: pytest.fail("measured"))
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    monkeypatch.setattr(table3_suite, "predict", lambda: pytest.fail("measured"))
+    code, _, err = command("table3", *arguments)
     assert code == 2
     assert message in " ".join(err.replace("│", " ").split())
 

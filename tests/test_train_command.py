@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from run_cases import (  # noqa: E402
     write_config,
 )
 
-from flamingo_fast import cli  # noqa: E402
 from flamingo_fast.models.config import FlamingoConfig  # noqa: E402
 from flamingo_fast.models.fields import ConfigError, from_dict  # noqa: E402
 from flamingo_fast.models.flamingo import Flamingo  # noqa: E402
@@ -54,19 +52,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Run) -> Run:
     """Runs a command on a config or a path; returns (exit code, stdout, stderr)."""
     monkeypatch.delenv("FLAMINGO_FAST_DEBUG", raising=False)
 
-    def run(values: Any, *options: object, command: str = "train") -> Any:
+    def run(values: Any, *options: object, name: str = "train") -> Any:
         path = values
         if isinstance(values, dict):
             path = write_config(tmp_path / "config.yaml", values)
-        arguments = [command, str(path), *map(str, options)]
-        monkeypatch.setattr(sys, "argv", ["flamingo-fast", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
+        return command(name, path, *options)
 
     return run
 
@@ -356,7 +350,7 @@ def test_finetuning_trains_vision_at_another_size(
 ) -> None:
     values = finetuning(data, tmp_path / "out")
     del values["tokenizer"]
-    code, printed, err = run(values, "--from", finished / "model", command="finetune")
+    code, printed, err = run(values, "--from", finished / "model", name="finetune")
     assert code == 0, err
     model = FlamingoConfig.from_file(tmp_path / "out" / "model" / "config.json")
     assert (model.vision.is_frozen, model.vision.image_size) == (False, 42)
@@ -379,7 +373,7 @@ def test_finetuning_goes_on_from_a_checkpoints_weights(
         out = tmp_path / str(index)
         # The frozen weights are those of the earlier run's seed.
         values = finetuning(data, out, seed=3)
-        code, _, err = run(values, "--from", finished / source, command="finetune")
+        code, _, err = run(values, "--from", finished / source, name="finetune")
         assert code == 0, err
         lines.append(metrics(out))
     assert lines[0] == lines[1] == lines[2]
@@ -390,10 +384,10 @@ def test_finetuned_models_are_finetuned(run: Run, data: Path, tmp_path: Path) ->
     outs = [tmp_path / name for name in ("first", "second", "third")]
     assert run(config(data, outs[0], steps=1, precision="bf16"))[0] == 0
     values = finetuning(data, outs[1], precision="bf16")
-    assert run(values, "--from", outs[0] / "model", command="finetune")[0] == 0
+    assert run(values, "--from", outs[0] / "model", name="finetune")[0] == 0
     values = finetuning(data, outs[2], precision="bf16", image_size=28)
     values["optimizer"] = {"lr": 1e-2, "warmup_steps": 0}
-    code, _, err = run(values, "--from", outs[1], command="finetune")
+    code, _, err = run(values, "--from", outs[1], name="finetune")
     assert code == 0, err
     first, third = weights(outs[0] / "model"), weights(outs[2] / "model")
     assert third["vision_encoder.model.pos_embed"].shape[1] == 5
@@ -407,9 +401,9 @@ def test_finetuning_of_nothing_is_refused(run: Run, data: Path, tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     (tmp_path / "started" / "checkpoints").mkdir(parents=True)
     for folder in ("empty", "started"):
-        outcome = run(values, "--from", tmp_path / folder, command="finetune")
+        outcome = run(values, "--from", tmp_path / folder, name="finetune")
         _refused(outcome, "model: expected a folder of save_pretrained, of a checkpoint or of a ")
-    outcome = run(values | {"model": MODEL}, "--from", tmp_path / "empty", command="finetune")
+    outcome = run(values | {"model": MODEL}, "--from", tmp_path / "empty", name="finetune")
     _refused(outcome, "model: expected none beside --from")
 
 

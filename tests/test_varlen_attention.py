@@ -6,14 +6,25 @@ Their kernels need a GPU; here a loop over the sequences takes their place.
 import dataclasses
 import functools
 import inspect
-import random
 import sys
 import types
 
 import pytest
 import torch
-from test_attention_contract import _no_host_sync
+import varlen_cases
+from attention_contract import no_host_sync
 from torch._subclasses.fake_tensor import FakeTensorMode
+from varlen_cases import (
+    ADAPTERS,
+    LAYOUTS,
+    R,
+    attend_by_sequences,
+    make_inputs,
+    make_previous,
+    make_random,
+    make_shuffled,
+    stand_in_of_varlen_attn,
+)
 from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
 import flamingo_fast as ff
@@ -21,69 +32,6 @@ from flamingo_fast import reference
 from flamingo_fast.ops import varlen_attention as varlen
 from flamingo_fast.testing.inputs import random_tensor
 
-R = 3  # tokens of a medium
-
-
-def _locations(images, seqlen: int) -> torch.Tensor:
-    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
-    for sample, positions in enumerate(images):
-        locations[sample, list(positions)] = True
-    return locations
-
-
-def _layout(images, seqlen, num_media=None, seqlens=None, attend="previous"):
-    return ff.MediaLayout.from_media_locations(
-        _locations(images, seqlen),
-        list(map(len, images)) if num_media is None else num_media,
-        attend,
-        media_seqlens=None if seqlens is None else torch.tensor(seqlens),
-    )
-
-
-def _random(attend: str, seed: int):
-    generator = random.Random(seed)
-    images = [sorted(generator.sample(range(50), generator.randrange(7))) for _ in range(4)]
-    return _layout(images, 50, attend=attend)
-
-
-def _shuffled(seqlens=None):
-    """One medium, or none, for each token, in any order; the rows of a medium are scattered."""
-    start = torch.tensor([[2, 0, 2, 1, 0, 2, 2], [0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 1]])
-    attends = torch.tensor([[1, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 1, 1]])
-    return ff.MediaLayout.from_intervals(
-        start,
-        start + attends,
-        [3, 0, 2],
-        1,
-        media_seqlens=None if seqlens is None else torch.tensor(seqlens),
-    )
-
-
-def _packed():
-    """Two rows of several documents, the third of them without media; padding after the last."""
-    return ff.MediaLayout.packed(
-        _locations([(1, 4, 9, 20), (0, 7)], 24), [0, 8, 12, 19, 24, 30, 40], [2, 1, 0, 1, 1, 1]
-    )
-
-
-LAYOUTS = {
-    **{f"previous_{seed}": functools.partial(_random, "previous", seed) for seed in range(3)},
-    **{f"next_{seed}": functools.partial(_random, "next", seed) for seed in range(3)},
-    "before_the_first": lambda: _layout([(4, 8), (11,)], 12),
-    "without_media": lambda: _layout([(), (2, 5), (), (), (0,), ()], 7),
-    "nothing_at_all": lambda: _layout([(), ()], 5),
-    "more_images_than_media": lambda: _layout([(1, 3, 6), (0, 2, 4)], 8, [1, 2]),
-    "more_media_than_images": lambda: _layout([(3,), ()], 6, [4, 2]),
-    "seqlens": lambda: _layout([(1, 3), (0, 4, 5)], 9, seqlens=[0, 3, 1, 0, 2]),
-    "next_seqlens": lambda: _layout([(1, 3), (0, 4)], 9, seqlens=[3, 0, 0, 1], attend="next"),
-    "any_order": _shuffled,
-    "any_order_seqlens": lambda: _shuffled([1, 0, 3, 0, 2]),
-    "mask": lambda: ff.MediaLayout.from_media_mask(torch.eye(4)[None, [3, 1, 1, 0]].bool(), 1),
-    "decode": lambda: _layout([(2, 5), (), (0,)], 9).last(1),
-    "decode_seqlens": lambda: _layout([(2, 5), (8,)], 9, seqlens=[2, 0, 1]).last(1),
-    "long_rows": lambda: _layout([range(0, 900, 90), (5,)], 1000),
-    "packed": _packed,
-}
 every_layout = pytest.mark.parametrize("make_layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
@@ -148,15 +96,15 @@ def test_sequences_cover_all_rows_and_keys_within_their_bounds(make_layout):
 
 
 def test_rows_are_gathered_only_where_those_of_a_medium_are_scattered():
-    layout = _shuffled()
+    layout = make_shuffled()
     assert varlen.varlen_metadata(layout, R).row_index is layout.row_index is not None
-    assert varlen.varlen_metadata(_random("next", 0), R).row_index is None
+    assert varlen.varlen_metadata(make_random("next", 0), R).row_index is None
 
 
 def test_the_rows_of_a_long_run_without_media_are_cut():
     """The kernels' grids end at max_seqlen_q."""
     for layout in (
-        _layout([()] * 5 + [(3,)] + [()] * 5, 8),
+        make_previous([()] * 5 + [(3,)] + [()] * 5, 8),
         ff.MediaLayout.from_intervals(torch.zeros(11, 8).int(), torch.zeros(11, 8).int(), 1, 1),
     ):
         cu_seqlens = varlen.varlen_metadata(layout, R).cu_seqlens_q
@@ -190,7 +138,7 @@ def test_no_host_sync(library, layout_name, monkeypatch):
     """Needs tensors that are not on the CPU; those of the meta device will do."""
     adapter = ADAPTERS[library][0]
     layout = LAYOUTS[layout_name]().to("meta")
-    inputs = [x.detach().to("meta").requires_grad_() for x in _inputs(layout)]
+    inputs = [x.detach().to("meta").requires_grad_() for x in make_inputs(layout)]
 
     @functools.wraps(ADAPTERS[library][2])
     def attend(q, k, v, *_args, **_kwargs):
@@ -198,7 +146,7 @@ def test_no_host_sync(library, layout_name, monkeypatch):
 
     others = {"flash_attn_4": None} if library == "flash_attn" else {}
     _install(monkeypatch, {**others, library: attend})
-    with _no_host_sync():
+    with no_host_sync():
         out = adapter(*inputs, layout, 1.0)
         gradients = torch.autograd.grad(out, inputs, torch.empty_like(out))
     assert out.shape == inputs[0].shape
@@ -221,133 +169,6 @@ def test_xformers_bias_is_the_mask(make_layout):
     assert torch.equal(_in_order(mask, metadata), expected)
 
 
-# What takes the place of the libraries.
-
-
-def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, without_keys):
-    """Attention for each sequence; `without_keys` times q where it has none.
-
-    Rows that the kernels' grid would not reach are NaN.
-    """
-    for tensor in (q, k, v):
-        assert tensor.stride(-1) == 1
-        assert not any(x % 8 for x in (*tensor.stride()[:-1], tensor.storage_offset()))
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    outs = []
-    sequences = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    lengths = list(zip(*sequences, strict=True))
-    for rows, keys, values in zip(
-        q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True
-    ):
-        weights = torch.softmax(torch.einsum("qhd,khd->hqk", rows, keys) * scale, -1)
-        out = torch.einsum("hqk,khd->qhd", weights, values)
-        if len(keys) == 0:
-            out = rows * without_keys
-        outs.append(torch.where(torch.arange(len(rows))[:, None, None] < longest, out, torch.nan))
-    return torch.cat(outs)
-
-
-def _check_decoding(q, k, longest):
-    """With grouped heads FlashAttention 2 takes a max_seqlen_q of 1 for a row in each sequence."""
-    assert longest > 1 or q.shape[1] == k.shape[1]
-
-
-def _varlen_attn(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    scale=None,
-    enable_gqa=False,
-    num_splits=None,
-):
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    assert (max_k, num_splits) == (R, 1)
-    _check_decoding(query, key, max_q)
-    return _attend(query, key, value, cu_seq_q, cu_seq_k, max_q, scale, 0)
-
-
-def _flash_attn_2(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
-):
-    assert max_seqlen_k == R
-    assert deterministic
-    _check_decoding(q, k, max_seqlen_q)
-    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, 0)
-
-
-def _flash_attn_4(
-    q,
-    k,
-    v,
-    qv=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    min_seqlen_k=None,
-    seqused_q=None,
-    seqused_k=None,
-    softmax_scale=None,
-    causal=False,
-    num_splits=0,
-    deterministic=False,
-):
-    assert (max_seqlen_k, num_splits, deterministic) == (R, 1, True)
-    out = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, torch.nan)
-    return out, None
-
-
-def _memory_efficient_attention(
-    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-):
-    assert query.shape[0] == key.shape[0] == value.shape[0] == 1
-    assert query.shape[2:] == key.shape[2:] == value.shape[2:]
-    if query.dim() == 5:
-        assert not any(x.requires_grad for x in (query, key, value))
-        assert key.stride(3) == value.stride(3) == 0
-        key, value = key[..., 0, :], value[..., 0, :]
-    parts = attn_bias.q_seqinfo, attn_bias.k_seqinfo
-    assert parts[1].max_seqlen == R
-    out = _attend(
-        query[0].reshape(query.shape[1], -1, query.shape[-1]),
-        key[0],
-        value[0],
-        *(part.seqstart for part in parts),
-        parts[0].max_seqlen,
-        scale,
-        torch.nan,
-    )
-    return out.view(query.shape)
-
-
-ADAPTERS = {
-    "varlen": (varlen.varlen_attention, "varlen", _varlen_attn),
-    "flash_attn": (varlen.flash_attn_attention, "flash_attn", _flash_attn_2),
-    "flash_attn_4": (varlen.flash_attn_attention, "flash_attn_4", _flash_attn_4),
-    "xformers": (varlen.xformers_attention, "xformers", _memory_efficient_attention),
-}
 every_adapter = pytest.mark.parametrize("name", ADAPTERS)
 
 
@@ -399,18 +220,6 @@ def test_two_of_the_signatures_are_the_real_ones():
         assert set(inspect.signature(ADAPTERS[library][2]).parameters) <= set(parameters)
 
 
-def _inputs(layout, heads=4, kv_heads=2, layouts=("contiguous", "contiguous")):
-    shapes = {
-        "q": (*layout.media_start.shape, heads, 8),
-        "k": (layout.media_total, R, kv_heads, 8),
-        "v": (layout.media_total, R, kv_heads, 8),
-    }
-    return [
-        random_tensor(shape, torch.float64, seed=seed, layout=layouts[name != "q"]).requires_grad_()
-        for seed, (name, shape) in enumerate(shapes.items())
-    ]
-
-
 def _out_and_gradients(function, inputs):
     out = function(*inputs)
     return out, *torch.autograd.grad(out, inputs, random_tensor(out.shape, out.dtype, seed=9))
@@ -438,7 +247,7 @@ def _check(adapter, layout, inputs):
 @every_adapter
 def test_adapters_agree_with_the_reference(adapter, layout_name):
     layout = LAYOUTS[layout_name]()
-    _check(adapter, layout, _inputs(layout))
+    _check(adapter, layout, make_inputs(layout))
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (6, 1)], ids=str)
@@ -446,19 +255,23 @@ def test_adapters_agree_with_the_reference(adapter, layout_name):
 @every_adapter
 def test_adapters_take_any_strides_and_heads(adapter, layouts, heads):
     layout = LAYOUTS["before_the_first"]()
-    _check(adapter, layout, _inputs(layout, *heads, layouts))
+    _check(adapter, layout, make_inputs(layout, *heads, layouts))
 
 
 @every_adapter
 def test_aligned_tensors_are_not_copied(adapter, monkeypatch):
     """k and v as halves of one projection, and gradients of q alone."""
     layout = LAYOUTS["before_the_first"]()
-    q, _, _ = _inputs(layout)
+    q, _, _ = make_inputs(layout)
     projection = random_tensor((layout.media_total, R, 2, 4, 8), torch.float64, seed=1)
     k, v = projection.unbind(2)
     seen = []
-    attend = globals()["_attend"]
-    monkeypatch.setitem(globals(), "_attend", lambda *args: seen.append(args[1:3]) or attend(*args))
+    attend = varlen_cases.attend_by_sequences
+    monkeypatch.setattr(
+        varlen_cases,
+        "attend_by_sequences",
+        lambda *args: seen.append(args[1:3]) or attend(*args),
+    )
     _out_and_gradients(lambda q: adapter(q, k, v, layout, 1.0), [q])
     assert [x.data_ptr() for x in seen[0]] == [k.data_ptr(), v.data_ptr()]
 
@@ -467,7 +280,7 @@ def test_aligned_tensors_are_not_copied(adapter, monkeypatch):
 def test_adapters_without_gradients(adapter):
     """xformers' own way of grouping heads then, under no_grad too where no tensor wants one."""
     layout = LAYOUTS["any_order_seqlens"]()
-    inputs = _inputs(layout)
+    inputs = make_inputs(layout)
     expected = reference.masked_cross_attention(*inputs, layout, "zero", "zero", 1.0)
     with torch.no_grad():
         for tensors in (inputs, [x.detach() for x in inputs]):
@@ -478,21 +291,21 @@ def test_adapters_without_gradients(adapter):
 def test_a_grid_that_ends_early_would_be_noticed(monkeypatch):
     """Of the substitutes: what no program writes is NaN."""
     layout = LAYOUTS["before_the_first"]()
-    inputs = _inputs(layout)
+    inputs = make_inputs(layout)
     metadata = varlen.varlen_metadata(layout, R)
     short = dataclasses.replace(metadata, max_seqlen_q=4)
     monkeypatch.setattr(varlen, "varlen_metadata", lambda *_: short)
-    _install(monkeypatch, {"varlen": _varlen_attn})
+    _install(monkeypatch, {"varlen": stand_in_of_varlen_attn})
     assert varlen.varlen_attention(*inputs, layout, 1.0).isnan().any()
 
 
 def test_compile_takes_varlen_into_one_graph():
     """A GPU would have to run it."""
     layout = LAYOUTS["any_order_seqlens"]()
-    q, k, v = (x.float() for x in _inputs(layout))
+    q, k, v = (x.float() for x in make_inputs(layout))
     nodes = []
 
-    def backend(module, _inputs):
+    def backend(module, make_inputs):
         nodes.extend(node.target for node in module.graph.nodes)
         return lambda *_: (torch.zeros_like(q),)
 
@@ -506,14 +319,14 @@ def test_compile_takes_varlen_into_one_graph():
 def test_varlen_zeroes_rows_itself_under_fa4(activated, monkeypatch):
     """What its kernels leave where there are no keys is not known."""
     layout = LAYOUTS["before_the_first"]()
-    substitute = functools.partial(_attend, without_keys=torch.nan)
+    substitute = functools.partial(attend_by_sequences, without_keys=torch.nan)
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, enable_gqa, num_splits=None):
         return substitute(q, k, v, cu_q, cu_k, max_q, scale)
 
     _install(monkeypatch, {"varlen": varlen_attn})
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: activated)
-    q, k, v = _inputs(layout)
+    q, k, v = make_inputs(layout)
     out, dq, *_ = _out_and_gradients(
         lambda *inputs: varlen.varlen_attention(*inputs, layout, 1.0), [q, k, v]
     )
@@ -555,7 +368,7 @@ def _why_not(impl="varlen", layout=None, dense=False, device="cuda", dtype=None,
 
 
 def _several():
-    return _layout([(1, 2)], 5, attend="all_previous")
+    return make_previous([(1, 2)], 5, attend="all_previous")
 
 
 @pytest.mark.parametrize("impl", ["varlen", "flash_attn", "xformers"])
@@ -629,18 +442,18 @@ def test_a_library_without_a_needed_argument_is_refused_by_name(monkeypatch):
 def test_older_pytorch_is_refused_grouped_heads_only(monkeypatch):
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
         assert (max_q, max_k) == (12, R)
-        return _attend(query, key, value, cu_seq_q, cu_seq_k, max_q, scale, 0)
+        return attend_by_sequences(query, key, value, cu_seq_q, cu_seq_k, max_q, scale, 0)
 
     _install(monkeypatch, {"varlen": varlen_attn})
     expected = "before PyTorch 2.12 it takes as many heads in k as in q, got 2 and 4"
     assert _why_not(heads=2) == expected
     assert _why_not(heads=4) is None
     layout = LAYOUTS["before_the_first"]()
-    _check(varlen.varlen_attention, layout, _inputs(layout, 4, 4))
+    _check(varlen.varlen_attention, layout, make_inputs(layout, 4, 4))
 
 
 def test_an_adapter_that_is_called_anyway_says_what_is_missing(monkeypatch):
     _install(monkeypatch, {"xformers": None})
     layout = LAYOUTS["before_the_first"]()
     with pytest.raises(RuntimeError, match="xformers.ops can't be imported"):
-        varlen.xformers_attention(*_inputs(layout), layout, 1.0)
+        varlen.xformers_attention(*make_inputs(layout), layout, 1.0)

@@ -13,7 +13,6 @@ import typer
 
 import flamingo_fast
 from flamingo_fast.cli.app import app
-from flamingo_fast.ops.dispatch import BackendUnavailableError
 
 _MACHINE = ("kernels", "bench", "tune", "accept", "profile", "profile_run", "export_kernels")
 # In the order that --help has.
@@ -38,6 +37,14 @@ def _options(
 ) -> None: ...
 
 
+def _expected_errors() -> tuple[type[Exception], ...]:
+    # ImportError: an extra that a command needs is not installed; its message names the extra.
+    expected: tuple[type[Exception], ...] = (ImportError, OSError)
+    # Where ops were not imported none can have raised its error, and PyTorch need not be.
+    dispatch = sys.modules.get("flamingo_fast.ops.dispatch")
+    return expected if dispatch is None else (*expected, dispatch.BackendUnavailableError)
+
+
 def main() -> None:
     """Runs the command; an expected error becomes one line on stderr and exit code 1.
 
@@ -45,8 +52,7 @@ def main() -> None:
     """
     try:
         app()
-    # ImportError: an extra that a command needs is not installed; its message names the extra.
-    except (BackendUnavailableError, ImportError, OSError) as error:
+    except _expected_errors() as error:
         if os.environ.get("FLAMINGO_FAST_DEBUG") == "1":
             raise
         typer.echo(f"flamingo-fast: {error}", err=True)

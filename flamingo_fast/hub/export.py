@@ -96,6 +96,9 @@ def _files_of(node: ast.ImportFrom) -> Iterator[str]:
     for alias in node.names:
         name = f"{module}/{alias.name}.py".lstrip("/")
         if not (PACKAGE / name).is_file():
+            name = f"{module}/__init__.py"
+        # That of the package itself has names of patching, too.
+        if name.startswith("/"):
             raise ValueError(f"{node.module}: expected a module of that name, got {alias.name}")
         yield name
 
@@ -132,7 +135,7 @@ def _init() -> str:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     kept = [
         node
-        for node in tree.body
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         and (node.module or "").startswith((f"{_NAME}.layout", f"{_NAME}.ops."))
     ]

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.models.cache import FlamingoCache
+from flamingo_fast.models.checkpointing import checkpoint_layers
 from flamingo_fast.models.chinchilla import (
     ChinchillaLayer,
     ChinchillaLM,
@@ -43,6 +44,7 @@ from flamingo_fast.models.media_inputs import (
 from flamingo_fast.models.packed_rows import PackedRows
 from flamingo_fast.models.parts import (
     check_logits,
+    check_token_ids,
     hidden_size,
     made_with,
     make_lang_model,
@@ -51,6 +53,7 @@ from flamingo_fast.models.parts import (
     stack_config,
     vocab_size_of,
 )
+from flamingo_fast.models.resampling import dtype_of, places_of, resample
 from flamingo_fast.models.tokens import LearntTokens
 from flamingo_fast.models.vision import VisionEncoder
 from flamingo_fast.modules.plain import is_plain, is_sharded
@@ -116,7 +119,7 @@ class Flamingo(nn.Module):
         check_logits(lang_model)
         dim = hidden_size(lang_model)
         vocab_size = vocab_size_of(lang_model)
-        _check_token_ids(config, vocab_size)
+        check_token_ids(config, vocab_size)
         dim_media = config.conditioning.dim_media or config.resampler.dim
         with made_with(**factory):
             self.vision_encoder = vision_encoder
@@ -180,19 +183,12 @@ class Flamingo(nn.Module):
             self.lang_model.model.checkpoint_layers = enable
             self.lang_model.model.checkpoint_context_fn = self.conditioning.for_checkpoint
             return
-        layers: Any = find_layers(self.lang_model)
-        for layer in layers:
-            if not hasattr(layer, "gradient_checkpointing"):
-                raise ConfigError(
-                    f"lang_model: {type(layer).__name__} has no activation checkpointing"
-                )
-            # Not gradient_checkpointing_enable, which also makes the embedding's output require
-            # gradients, and so everything up to the first block.
-            layer.gradient_checkpointing = enable
-            function = _in_eval_mode if self.config.lm.is_frozen else _called
-            layer._gradient_checkpointing_func = functools.partial(
-                _checkpointed, function, layer, self.conditioning.for_checkpoint
-            )
+        checkpoint_layers(
+            find_layers(self.lang_model),
+            enable,
+            is_frozen=self.config.lm.is_frozen,
+            context_fn=self.conditioning.for_checkpoint,
+        )
         self.train(self.training)
 
     def forward(
@@ -355,7 +351,7 @@ class Flamingo(nn.Module):
         if (torch.is_grad_enabled() and not encoder.is_frozen) or is_sharded(encoder):
             size = self.config.vision.image_size
             return encoder(pixels.new_zeros(0, 3, size, size))[:, None]
-        return pixels.new_zeros((0, 1, 1, encoder.features), dtype=_dtype_of(encoder))
+        return pixels.new_zeros((0, 1, 1, encoder.features), dtype=dtype_of(encoder))
 
     def resample(
         self, features: Features, num_media: Sequence[int] | None = None
@@ -366,81 +362,22 @@ class Flamingo(nn.Module):
             features: (media_total, F, S, width), or a list of (F, S, width), of any F.
             num_media: see `encode`.
         """
-        frames = [len(each) for each in features]
-        places = _places(num_media, len(frames)) if self._has_places else None
-        dtype = _dtype_of(self.resampler)
-        seqlens = None
-        if isinstance(features, torch.Tensor):
-            tokens = self._resample(features.to(dtype), places)
-        elif not frames:
-            device = next(self.resampler.parameters()).device
-            none = torch.empty(0, 1, 1, self.vision_encoder.features, dtype=dtype, device=device)
-            tokens = self._resample(none, places)
-        else:
-            features = [each.to(dtype) for each in features]
-            if len(set(frames)) == 1:
-                tokens = self._resample(torch.stack(features), places)
-            elif is_sharded(self.resampler):
-                tokens, seqlens = self._resample_padded(features, frames, places)
-            else:
-                tokens, seqlens = self._resample_groups(features, frames, places)
+        config = self.config.resampler
+        places = None
+        if config.max_num_media is not None:
+            places = places_of(num_media, len(features))
+        tokens, seqlens = resample(
+            self.resampler,
+            features,
+            places,
+            width=self.vision_encoder.features,
+            max_num_frames=config.max_num_frames,
+            keeps_length=config.kind != "perceiver",
+        )
         repeats = -(-self.dim_media // tokens.shape[-1])
         if repeats > 1 or tokens.shape[-1] > self.dim_media:
             tokens = torch.cat([tokens] * repeats, -1)[..., : self.dim_media]
         return tokens, seqlens
-
-    @property
-    def _has_places(self) -> bool:
-        return self.config.resampler.max_num_media is not None
-
-    def _resample(
-        self,
-        features: torch.Tensor,
-        places: Sequence[int] | None,
-        seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(n, F, S, width) -> (n, R, dim)."""
-        index = None
-        if places is not None:
-            index = torch.tensor(places, dtype=torch.int64, device=features.device)[:, None]
-        seqlens = None if seqlens is None else seqlens[:, None]
-        return self.resampler(features[:, None], places=index, media_seqlens=seqlens).flatten(0, 1)
-
-    def _resample_padded(
-        self, features: list[torch.Tensor], frames: list[int], places: Sequence[int] | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_resample_groups`, in one call: ranks that share the resampler make as many."""
-        most = self.config.resampler.max_num_frames
-        if most is not None and max(frames) > most:
-            raise ValueError(
-                f"videos: expected at most {most} frames where they have different numbers and the "
-                f"resampler is sharded, as embeddings of more depend on the number; got {frames}"
-            )
-        lengths = torch.tensor(frames, dtype=torch.int32) * features[0].shape[1]
-        seqlens = lengths.to(features[0].device, non_blocking=True)
-        padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-        tokens = self._resample(padded, places, seqlens)
-        return tokens, None if self.config.resampler.kind == "perceiver" else seqlens
-
-    def _resample_groups(
-        self,
-        features: Sequence[torch.Tensor],
-        frames: list[int],
-        places: Sequence[int] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of media of different F. Those of one F go together: embeddings of frames depend on F."""
-        out: dict[int, torch.Tensor] = {}
-        for number in sorted(set(frames)):
-            group = [index for index, each in enumerate(frames) if each == number]
-            of_group = None if places is None else [places[index] for index in group]
-            tokens = self._resample(torch.stack([features[index] for index in group]), of_group)
-            out |= dict(zip(group, tokens, strict=True))
-        by_medium = [out[index] for index in range(len(frames))]
-        lengths = [len(each) for each in by_medium]
-        seqlens = None
-        if len(set(lengths)) > 1:
-            seqlens = torch.tensor(lengths, dtype=torch.int32, device=by_medium[0].device)
-        return torch.nn.utils.rnn.pad_sequence(by_medium, batch_first=True), seqlens
 
     def new_cache(self, batch: int, device: torch.device | None = None) -> FlamingoCache:
         """An empty cache for `forward`, of `batch` rows."""
@@ -653,45 +590,3 @@ class Flamingo(nn.Module):
             extra_ids=None if self.tokens is None else self.tokens.token_ids,
             reduction=reduction,
         )
-
-
-def _checkpointed(caller: Any, layer: nn.Module, context_fn: Any, function: Any, *args: Any) -> Any:
-    return checkpoint(caller, layer, function, *args, use_reentrant=False, context_fn=context_fn)
-
-
-def _called(layer: nn.Module, function: Any, *args: Any) -> Any:
-    return function(*args)
-
-
-def _in_eval_mode(layer: nn.Module, function: Any, *args: Any) -> Any:
-    """A layer that was told to train, to be checkpointed, has no dropout of its own (OPT's has)."""
-    layer.training, was_training = False, layer.training
-    try:
-        return function(*args)
-    finally:
-        layer.training = was_training
-
-
-def _places(num_media: Sequence[int] | None, media_total: int) -> list[int]:
-    """Each medium's place among those of its row."""
-    num_media = num_media or ()
-    if sum(num_media) != media_total:
-        raise ValueError(
-            f"num_media: expected the numbers of {media_total} media, as their places have "
-            f"embeddings; got {num_media}"
-        )
-    return [place for count in num_media for place in range(count)]
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next((each.dtype for each in module.parameters()), torch.get_default_dtype())
-
-
-def _check_token_ids(config: FlamingoConfig, vocab_size: int) -> None:
-    for name in ("image_token_id", "eoc_token_id"):
-        token = getattr(config, name)
-        if token is not None and token >= vocab_size and token not in config.learnt_token_ids:
-            raise ConfigError(
-                f"{name}: expected an id of the language model's {vocab_size} tokens or one of "
-                f"learnt_token_ids, got {token}"
-            )

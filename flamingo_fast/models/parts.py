@@ -11,6 +11,7 @@ from flamingo_fast.models.chinchilla import ChinchillaLM
 from flamingo_fast.models.config import (
     ConditioningConfig,
     ConfigError,
+    FlamingoConfig,
     LanguageModelConfig,
     ResamplerConfig,
 )
@@ -134,3 +135,18 @@ def max_tokens_of(lang_model: Any) -> int | None:
         name.rpartition(".")[2] in _POSITION_EMBEDDINGS for name, _ in lang_model.named_modules()
     )
     return lang_model.config.max_position_embeddings if has_embeddings else None
+
+
+def check_token_ids(config: FlamingoConfig, vocab_size: int) -> None:
+    """Whether the language model or `learnt_token_ids` has the config's tokens.
+
+    Raises:
+        ConfigError: neither does, by the field's name.
+    """
+    for name in ("image_token_id", "eoc_token_id"):
+        token = getattr(config, name)
+        if token is not None and token >= vocab_size and token not in config.learnt_token_ids:
+            raise ConfigError(
+                f"{name}: expected an id of the language model's {vocab_size} tokens or one of "
+                f"learnt_token_ids, got {token}"
+            )

@@ -136,7 +136,10 @@ class VisionEncoder(nn.Module):
             raise ValueError(
                 f"images: expected normalised ones of a floating point dtype, got {images.dtype}"
             )
-        weights = (each for each in self.model.parameters() if each.is_floating_point())
+        # Scalars, which FSDP leaves whole, may be wider.
+        weights = (
+            each for each in self.model.parameters() if each.is_floating_point() and each.dim()
+        )
         dtype = next((each.dtype for each in weights), images.dtype)
         # Of none timm's transformers can't say how many tokens an image has.
         some = images if len(images) else images.new_zeros(1, *images.shape[1:])

@@ -156,9 +156,9 @@ class GatedCrossAttentionBlock(_GatedLayer):
     the first linear layer's output of the feed-forward: nothing grows with L x N.
 
     Arguments:
-        dim, dim_visual, dim_head, heads, only_attend_immediate_media, attend, past_last,
-        media_norm, kv_heads, bias, norm, impl: see `MaskedCrossAttention`; bias and norm are also
-            of the feed-forward.
+        dim, dim_visual, dim_head, heads, kv_heads, media_norm, impl: see `MaskedCrossAttention`.
+        only_attend_immediate_media, attend, past_last: see there.
+        bias, norm: see there; also of the feed-forward.
         ff_mult: hidden width of the feed-forward, in units of dim.
         unattended: as of `MaskedCrossAttention`; "zero_block" leaves tokens that attend to nothing
             as they are, bit for bit, feed-forward and all (Meta's Mllama and torchtune).

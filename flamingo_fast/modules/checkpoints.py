@@ -1,17 +1,7 @@
 """State dicts of OpenFlamingo, flamingo-pytorch, flamingo-mini and Otter, to our modules and back.
 
 `PerceiverResampler` and `GatedCrossAttentionBlock` have OpenFlamingo's keys, the canonical ones
-here; every other peer is a map to them. The layouts, read from the peers' own code:
-
-- open_flamingo 2.0.1: `src/helpers.py` (keys), `src/flamingo_lm.py` (prefixes and copies),
-  `train/train_utils.py` (what its checkpoints leave out); the branch mllm, `src/vlm.py` and
-  `src/cross_attn_lm.py`, calls `lang_encoder` lang_model and `perceiver` vision_tokenizer.
-- flamingo-pytorch 0.1.2: `flamingo_pytorch.py`, `flamingo_palm.py`. `media_pos_emb` is added over
-  the media, so it is `media_time_embs`. FlamingoPaLM's `video_frame_pos_emb` stays in `other`: it
-  is not in the resampler, and images are not given it, as they are `frame_embs`.
-- flamingo-mini (8a8feae): `perceiver_resampler.py`, `gated_cross_attention.py`. `time_pos_emb` is
-  added over the frames, so it is `frame_embs`. Its resampler has to_k and to_v.
-- Otter (1e7eb9a): `modeling_otter.py`, and `modeling_flamingo.py` with the same keys.
+here; every other peer is a map to them, in `peer_layouts`.
 
 What a state dict does not say, and the modules must be made with: the number of heads, the
 activation (flamingo-mini's may be "gelu", "sqrelu" or "relu"), which media a text token sees.
@@ -20,137 +10,13 @@ Nothing here reads files: load them with safetensors, or torch.load(..., weights
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-PEERS = ("open_flamingo", "flamingo_pytorch", "flamingo_mini", "otter")
-
-_FEED_FORWARD = ("0.weight", "0.bias", "1.weight", "3.weight")
-_RESAMPLER_KEYS = (
-    *("latents", "frame_embs", "media_time_embs", "norm.weight", "norm.bias"),
-    *(
-        f"layers.{{i}}.0.{name}"
-        for name in (
-            *("norm_media.weight", "norm_media.bias", "norm_latents.weight", "norm_latents.bias"),
-            *("to_q.weight", "to_kv.weight", "to_out.weight"),
-        )
-    ),
-    *(f"layers.{{i}}.1.{name}" for name in _FEED_FORWARD),
-)
-_BLOCK_KEYS = (
-    *("attn_gate", "ff_gate", "attn.norm.weight", "attn.norm.bias"),
-    *("attn.to_q.weight", "attn.to_kv.weight", "attn.to_out.weight"),
-    *(f"ff.{name}" for name in _FEED_FORWARD),
-)
-# Of our modules' options: read from any peer's fork that has them, in no peer's own layout.
-_OUR_RESAMPLER_KEYS = tuple(
-    f"layers.{{i}}.{name}.bias" for name in ("0.to_q", "0.to_kv", "0.to_out", "1.1", "1.3")
-)
-_OUR_BLOCK_KEYS = (
-    *("attn.norm_media.weight", "attn.norm_media.bias"),
-    *(f"{name}.bias" for name in ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3")),
-)
-
-_OPTIONAL = ("frame_embs", "media_time_embs")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where a peer keeps a resampler or its blocks, and what it calls their tensors.
-
-    Arguments:
-        prefix: before the keys in its own models.
-        places: regular expressions of the modules that may hold it, anywhere in a model; of
-            copies, the one in the first of them is kept.
-        keys: canonical ones.
-        our_keys: canonical ones of our modules' options.
-        names: the start of our key to the start of theirs. Of several, the tensors concatenated
-            in that order are ours. What is not listed has the same name.
-        lacks: canonical keys it has no tensor for.
-        requires: canonical keys, optional in OpenFlamingo, that it has always.
-        one_width: media are as wide as the text.
-    """
-
-    prefix: str
-    places: tuple[str, ...]
-    keys: tuple[str, ...]
-    our_keys: tuple[str, ...]
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lacks: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-    one_width: bool = False
-
-    def theirs(self, key: str) -> tuple[str, ...]:
-        """Their names of a canonical key, both with {i} for the layer of a resampler."""
-        for ours, theirs in self.names.items():
-            if key.startswith(ours):
-                return tuple(start + key.removeprefix(ours) for start in theirs)
-        return (key,)
-
-    @cached_property
-    def ours(self) -> dict[str, str]:
-        """Canonical keys by their names, both with {i} for the layer of a resampler."""
-        keys = (key for key in (*self.keys, *self.our_keys) if key not in self.lacks)
-        return {theirs: key for key in keys for theirs in self.theirs(key)}
-
-    @cached_property
-    def patterns(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(re.compile(rf"(?:.*\.)?{place}\.(?P<key>.+)") for place in self.places)
-
-
-_resampler = partial(_Layout, keys=_RESAMPLER_KEYS, our_keys=_OUR_RESAMPLER_KEYS)
-_block = partial(_Layout, keys=_BLOCK_KEYS, our_keys=_OUR_BLOCK_KEYS)
-
-_OF_PREFIX = "lang_encoder.{decoder_layers}.{i}.gated_cross_attn_layer."
-_OF_PLACES = (r"(?P<i>\d+)\.gated_cross_attn_layer", r"gated_cross_attn_layers\.(?P<i>\d+)")
-
-_RESAMPLERS = {
-    "open_flamingo": _resampler("perceiver.", ("perceiver", "vision_tokenizer")),
-    "flamingo_pytorch": _resampler(
-        "perceiver_resampler.",
-        ("perceiver_resampler",),
-        names={"media_time_embs": ("media_pos_emb",)},
-        lacks=("frame_embs",),
-        requires=("media_time_embs",),
-    ),
-    "flamingo_mini": _resampler(
-        "flamingo.resampler.",
-        ("resampler",),
-        names={
-            "frame_embs": ("time_pos_emb",),
-            "layers.{i}.0.to_kv.": ("layers.{i}.0.to_k.", "layers.{i}.0.to_v."),
-        },
-        lacks=("media_time_embs",),
-        requires=("frame_embs",),
-    ),
-    "otter": _resampler(
-        "perceiver.",
-        ("perceiver",),
-        names={
-            "layers.{i}.0.": ("layers.{i}.",),
-            "layers.{i}.1.": ("layers.{i}.feed_forward.",),
-        },
-    ),
-}
-_BLOCKS = {
-    "open_flamingo": _block(_OF_PREFIX, _OF_PLACES),
-    # A vision transformer too may have a layers.{i}.1, of other names.
-    "flamingo_pytorch": _block(
-        "layers.{i}.1.",
-        (r"layers\.(?P<i>\d+)\.1(?=\.(?:attn|ff|attn_gate|ff_gate)(?:\.|$))",),
-        one_width=True,
-    ),
-    "flamingo_mini": _block(
-        "flamingo.lm.{decoder_layers}.{i}.xattn_block.",
-        (r"(?P<i>\d+)\.xattn_block",),
-        names={"attn_gate": ("alpha_attn",), "ff_gate": ("alpha_ffw",), "ff.": ("ffw.",)},
-    ),
-    "otter": _block(_OF_PREFIX, _OF_PLACES, names={"ff.": ("feed_forward.",)}),
-}
+from flamingo_fast.modules.peer_layouts import BLOCKS, OPTIONAL_KEYS, PEERS, RESAMPLERS, PeerLayout
 
 # Their (F, 1, D) is our (F, D).
 _WITH_PATCH_AXIS = "time_pos_emb"
@@ -261,12 +127,12 @@ def canonical_state_dict(
     for key, place in placed.items():
         if key not in duplicates:
             parts.setdefault(place.part, {})[place.key] = tensors[key]
-    resampler = _to_ours(parts.pop(None, {}), _RESAMPLERS[peer], peer)
+    resampler = _to_ours(parts.pop(None, {}), RESAMPLERS[peer], peer)
     blocks = {i: state for i, state in parts.items() if i is not None}
     return CanonicalCheckpoint(
         peer=peer,
         resampler=resampler,
-        blocks={i: _to_ours(blocks[i], _BLOCKS[peer], peer) for i in sorted(blocks)},
+        blocks={i: _to_ours(blocks[i], BLOCKS[peer], peer) for i in sorted(blocks)},
         other={key: tensors[key] for key in other if key not in duplicates},
         duplicates=tuple(duplicates),
     )
@@ -368,14 +234,14 @@ def peer_state_dict(
         raise ValueError("resampler, blocks: expected modules to save, got neither")
     result: dict[str, torch.Tensor] = {}
     if resampler is not None:
-        layout = _RESAMPLERS[peer]
+        layout = RESAMPLERS[peer]
         prefix = layout.prefix if resampler_prefix is None else resampler_prefix
         result |= _to_theirs("resampler", resampler, layout, peer, prefix)
     if blocks:
         template = _block_prefix(peer, blocks, decoder_layers, block_prefix)
         for i, block in blocks.items():
             prefix = template.replace("{i}", str(i))
-            result |= _to_theirs(f"blocks.{i}", block, _BLOCKS[peer], peer, prefix)
+            result |= _to_theirs(f"blocks.{i}", block, BLOCKS[peer], peer, prefix)
     return result
 
 
@@ -409,8 +275,8 @@ def _seen(keys: Iterable[str]) -> str:
     return f"{len(keys)} keys ({', '.join(keys[:4])}{more})"
 
 
-def _layout(peer: str, part: _Part) -> _Layout:
-    return _RESAMPLERS[peer] if part is None else _BLOCKS[peer]
+def _layout(peer: str, part: _Part) -> PeerLayout:
+    return RESAMPLERS[peer] if part is None else BLOCKS[peer]
 
 
 def _detect(names: Iterable[str]) -> str:
@@ -452,10 +318,10 @@ def _places(peer: str, names: Iterable[str]) -> dict[str, _Place]:
 
 
 def _place_in_model(peer: str, name: str) -> _Place | None:
-    for rank, pattern in enumerate(_RESAMPLERS[peer].patterns):
+    for rank, pattern in enumerate(RESAMPLERS[peer].patterns):
         if match := pattern.fullmatch(name):
             return _Place(None, match["key"], rank)
-    for rank, pattern in enumerate(_BLOCKS[peer].patterns):
+    for rank, pattern in enumerate(BLOCKS[peer].patterns):
         if match := pattern.fullmatch(name):
             return _Place(int(match["i"]), match["key"], rank)
     return None
@@ -506,7 +372,7 @@ def _without_number(key: str) -> tuple[str, str]:
     return "layers.{i}." + key[match.end() :], match[1]
 
 
-def _to_ours(state: _State, layout: _Layout, peer: str) -> dict[str, torch.Tensor]:
+def _to_ours(state: _State, layout: PeerLayout, peer: str) -> dict[str, torch.Tensor]:
     ours: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         template, number = _without_number(name)
@@ -585,7 +451,7 @@ def _block_prefix(
     if not isinstance(blocks, Mapping):
         kind = type(blocks).__name__
         raise TypeError(f"blocks: expected a mapping of LM layers to modules, got {kind}")
-    prefix = _BLOCKS[peer].prefix if block_prefix is None else block_prefix
+    prefix = BLOCKS[peer].prefix if block_prefix is None else block_prefix
     if len(blocks) > 1 and "{i}" not in prefix:
         raise ValueError(f"block_prefix: no {{i}} in {prefix!r}, for {len(blocks)} blocks")
     if "{decoder_layers}" not in prefix:
@@ -596,7 +462,7 @@ def _block_prefix(
 
 
 def _to_theirs(
-    what: str, module: nn.Module | _State, layout: _Layout, peer: str, prefix: str
+    what: str, module: nn.Module | _State, layout: PeerLayout, peer: str, prefix: str
 ) -> dict[str, torch.Tensor]:
     state = module.state_dict() if isinstance(module, nn.Module) else module
     if not isinstance(state, Mapping):
@@ -616,7 +482,7 @@ def _to_theirs(
     return result
 
 
-def _check_holds(what: str, state: _State, layout: _Layout, peer: str) -> None:
+def _check_holds(what: str, state: _State, layout: PeerLayout, peer: str) -> None:
     has = [key for key in layout.keys if key not in layout.lacks]
     extra = [key for key in state if _without_number(key)[0] not in has]
     if extra:
@@ -625,7 +491,7 @@ def _check_holds(what: str, state: _State, layout: _Layout, peer: str) -> None:
     needed = dict.fromkeys(
         key.replace("{i}", number)
         for key in has
-        if key not in _OPTIONAL or key in layout.requires
+        if key not in OPTIONAL_KEYS or key in layout.requires
         for number in (numbers if "{i}" in key else ("",))
     )
     if absent := [key for key in needed if key not in state]:

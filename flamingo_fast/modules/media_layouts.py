@@ -47,7 +47,7 @@ def layout_for(
                 f"media_locations: expected shape {(batch, seqlen)}, x's, got "
                 f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
             )
-    return layout_of_locations(
+    return shared_layout(
         user, media_locations, num_media, seqlen if use_cached_media else None, attend
     )
 
@@ -71,7 +71,7 @@ _last_layout: _LastLayout | None = None
 _last_on_cpu: tuple[torch.Tensor, tuple[Any, ...], MediaLayout] | None = None
 
 
-def layout_of_locations(
+def shared_layout(
     user: nn.Module,
     media_locations: torch.Tensor,
     num_media: int,

@@ -12,13 +12,22 @@ one by one: for each chunk of keys with each block of rows that attend to some o
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from flamingo_fast.ops.cpu_buffers import Buffers
+from flamingo_fast.ops.cpu_media_blocks import (
+    Block,
+    Part,
+    Sample,
+    cut_parts,
+    gathered_keys,
+    grouped_parts,
+    joined_parts,
+    samples_of,
+)
 
 # The forward's temporaries: rows of a block, keys that are gathered, elements of a mask.
 _FORWARD_ROWS, _GATHERED_KEYS, _MASK_ELEMENTS = 512, 1024, 2**19
@@ -29,222 +38,18 @@ _SCORES, _CHUNK_KEYS = 2**20, 512
 _LONG_ROWS, _LONGEST_ROWS, _LONG_KEYS = 1024, 8192, 1024
 # Sums of more runs of 16-bit gradients are in fp32: each addition rounds.
 _RUNS_SUMMED_IN_16_BITS = 2
-# Blocks of rows that attend to different media: rows at most, and what a block takes, in units of
-# one row and one key. A call costs as much as so many more rows and keys.
-_MIXED_ROWS, _ROWS_OF_A_CALL, _KEYS_OF_A_CALL, _COST_OF_A_MASK = 256, 32, 64, 1.125
-# Rows that attend to nothing interrupt blocks; more often than that, the other rows are gathered.
-_INTERRUPTIONS = 4
 # In place of -inf, so that rows without any key stay finite.
 _MASKED = -1e30
-# Media in one word of a set, which is then a positive int64.
-_WORD = 62
 
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-# Medium (of its sample), first and end key (of all samples).
-_Part = tuple[int, int, int]
 # First and end row, and ranges of keys.
 _Run = tuple[int, int, list[tuple[int, int]]]
-
-
-@dataclasses.dataclass
-class _Block:
-    """Consecutive rows of a sample, and the media that any of them attends to, as bits."""
-
-    begin: int
-    end: int
-    media: int
-    dense: bool
-    mixed: bool = False
-
-    def cost(self, num_keys: int) -> float:
-        keys = self.media.bit_count() * num_keys
-        cost = (self.end - self.begin + _ROWS_OF_A_CALL) * (keys + _KEYS_OF_A_CALL)
-        return cost * _COST_OF_A_MASK if self.mixed else cost
-
-    def attends(self, medium: int) -> bool:
-        return bool(self.media >> medium & 1)
-
-
-@dataclasses.dataclass
-class _Sample:
-    """A sample's rows in blocks; rows that attend to nothing are in none.
-
-    rows: (rows,) the rows that blocks and `attends` count; None: all.
-    attends: (rows, N) bool.
-    parts: the valid keys of each medium that has any; padding: the others.
-    """
-
-    index: int
-    rows: torch.Tensor | None
-    attends: torch.Tensor
-    blocks: list[_Block]
-    parts: list[_Part]
-    padding: list[_Part]
-
-    def of(self, tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """The sample's rows of (B, L, H, ...) as (rows, Hkv, G, ...)."""
-        tensor = tensor[self.index]
-        if self.rows is not None:
-            tensor = tensor[self.rows]
-        return tensor.unflatten(1, (kv_heads, -1))
-
-    def parts_of(self, block: _Block) -> list[_Part]:
-        """The keys that a block's rows attend to, in the order of memory."""
-        parts = [part for part in self.parts if block.attends(part[0])]
-        return sorted(parts + self.padding) if block.dense else parts
-
-    def attended(self) -> list[tuple[int, int]]:
-        """Ranges of the keys that any row attends to, in order."""
-        everything = functools.reduce(lambda media, block: media | block.media, self.blocks, 0)
-        dense = any(block.dense for block in self.blocks)
-        parts = self.parts_of(_Block(0, 0, everything, dense))
-        return [(begin, end) for _, begin, end in _joined(parts)]
-
-    def columns(self, block: _Block, parts: list[_Part], group: int) -> torch.Tensor | None:
-        """(rows * G, keys) bool: the keys of `parts` that rows attend to; None: to all."""
-        if not block.mixed:
-            return None
-        attends = self.attends[block.begin : block.end, [medium for medium, *_ in parts]]
-        if attends.all():
-            return None
-        lengths = [end - begin for _, begin, end in parts]
-        if min(lengths) == max(lengths):
-            attends = attends[..., None].expand(-1, -1, lengths[0]).flatten(1)
-        else:
-            attends = attends.repeat_interleave(torch.tensor(lengths), 1)
-        return attends if group == 1 else attends.repeat_interleave(group, 0)
-
-
-def _samples(
-    media_start: torch.Tensor,
-    media_end: torch.Tensor,
-    cu_media: torch.Tensor,
-    media_seqlens: torch.Tensor | None,
-    media_bits: torch.Tensor | None,
-    dense: bool,
-    num_keys: int,
-    most_rows: int,
-) -> Iterator[_Sample]:
-    """Samples with a row that attends to something; `most_rows` of a block."""
-    for index, (first, last) in enumerate(itertools.pairwise(cu_media.tolist())):
-        media = torch.arange(last - first)
-        start, end = media_start[index, :, None], media_end[index, :, None]
-        attends = (media >= start) & (media < end)
-        if media_bits is not None:
-            attends &= (media_bits[index][:, media // 64] >> media % 64 & 1).bool()
-        lengths = [num_keys] * len(media)
-        if media_seqlens is not None:
-            valid = media_seqlens[first:last].clamp(0, num_keys)
-            attends &= valid > 0
-            lengths = valid.tolist()
-        some = attends.any(1)
-        is_dense = torch.zeros_like(some)
-        if dense:
-            is_dense = (~some[:, None] & ((start != len(media)) | (end != len(media))))[:, 0]
-            attends |= is_dense[:, None]
-            some = attends.any(1)
-        if not some.any():
-            continue
-        rows = None
-        if (some[1:] < some[:-1]).sum() > _INTERRUPTIONS:
-            rows = some.nonzero()[:, 0]
-            attends, is_dense = attends[rows], is_dense[rows]
-        keys = [(first + medium) * num_keys for medium in range(len(media))]
-        whole = list(zip(range(len(media)), keys, lengths, strict=True))
-        yield _Sample(
-            index,
-            rows,
-            attends,
-            _blocks(attends, is_dense, num_keys, most_rows),
-            [(medium, key, key + length) for medium, key, length in whole if length > 0],
-            [
-                (medium, key + length, key + num_keys)
-                for medium, key, length in whole
-                if length < num_keys
-            ],
-        )
-
-
-def _blocks(
-    attends: torch.Tensor, is_dense: torch.Tensor, num_keys: int, most_rows: int
-) -> list[_Block]:
-    changes = (attends[1:] != attends[:-1]).any(1) | (is_dense[1:] != is_dense[:-1])
-    begins = torch.cat([torch.zeros(1, dtype=torch.int64), changes.nonzero()[:, 0] + 1])
-    place = 2 ** torch.arange(_WORD)
-    words = [(word * place[: word.shape[1]]).sum(1) for word in attends[begins].split(_WORD, 1)]
-    blocks: list[_Block] = []
-    runs = zip(
-        itertools.pairwise([*begins.tolist(), len(attends)]),
-        torch.stack(words, 1).tolist(),
-        is_dense[begins].tolist(),
-        strict=True,
-    )
-    for (first, last), words_of_run, dense in runs:
-        media = sum(word << _WORD * place for place, word in enumerate(words_of_run))
-        if media == 0:
-            continue
-        for begin in range(first, last, most_rows):
-            block = _Block(begin, min(begin + most_rows, last), media, dense)
-            before = blocks[-1] if blocks else block
-            both = _Block(before.begin, block.end, before.media | media, dense, mixed=True)
-            if (
-                before.end == block.begin
-                and not before.dense
-                and not dense
-                and block.end - before.begin <= min(_MIXED_ROWS, most_rows)
-                and both.cost(num_keys) <= before.cost(num_keys) + block.cost(num_keys)
-            ):
-                blocks[-1] = both
-            else:
-                blocks.append(block)
-    return blocks
-
-
-def _cut(parts: Iterable[_Part], length: int) -> list[_Part]:
-    return [
-        (medium, key, min(key + length, end))
-        for medium, begin, end in parts
-        for key in range(begin, end, length)
-    ]
-
-
-def _groups(parts: Iterable[_Part], most_keys: int) -> Iterator[list[_Part]]:
-    """Several parts of `most_keys` together, or one part."""
-    group: list[_Part] = []
-    total = 0
-    for part in parts:
-        keys = part[2] - part[1]
-        if group and total + keys > most_keys:
-            yield group
-            group, total = [], 0
-        group.append(part)
-        total += keys
-    if group:
-        yield group
-
-
-def _joined(parts: Iterable[_Part]) -> list[_Part]:
-    """Parts that are neighbours in memory as one, of the first one's medium."""
-    joined: list[_Part] = []
-    for medium, begin, end in parts:
-        if joined and joined[-1][2] == begin:
-            joined[-1] = (*joined[-1][:2], end)
-        else:
-            joined.append((medium, begin, end))
-    return joined
 
 
 def _by_key(tensor: torch.Tensor) -> torch.Tensor:
     """(media_total * R, Hkv, D) with a last stride of 1: of all but odd strides a view."""
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).flatten(0, 1)
-
-
-def _gathered(tensor: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
-    """The keys of the parts, (keys, Hkv, D); a view if they are neighbours."""
-    ranges = [tensor[begin:end] for _, begin, end in _joined(parts)]
-    return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
 
 
 def several_media_forward(
@@ -279,7 +84,7 @@ def several_media_forward(
     lse = torch.full(q.shape[:3] if need_lse else (0,), math.inf, dtype=wide)
     keys, values = _by_key(k), _by_key(v)
     layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
-    for sample in _samples(*layout, k.shape[1], _FORWARD_ROWS):
+    for sample in samples_of(*layout, k.shape[1], _FORWARD_ROWS):
         queries = sample.of(q, k.shape[2])
         sums = sample.of(lse, k.shape[2]) if need_lse else None
         attended = sample.of(out, k.shape[2])
@@ -302,8 +107,8 @@ def _attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    sample: _Sample,
-    block: _Block,
+    sample: Sample,
+    block: Block,
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, Hkv, G, D) and (rows, Hkv, G) of a block."""
@@ -317,13 +122,13 @@ def _attend(
     limit = _GATHERED_KEYS
     if block.mixed:
         limit = max(_MASK_ELEMENTS // num_rows, 1)
-        if len(_joined(parts)) > 1:
+        if len(joined_parts(parts)) > 1:
             limit = min(limit, _GATHERED_KEYS)
-        parts = _cut(parts, limit)
+        parts = cut_parts(parts, limit)
     else:
-        parts = _joined(parts)
+        parts = joined_parts(parts)
     total: tuple[torch.Tensor, torch.Tensor] | None = None
-    for some in _groups(parts, limit):
+    for some in grouped_parts(parts, limit):
         attends = sample.columns(block, some, group)
         mask = None
         if attends is not None:
@@ -332,8 +137,8 @@ def _attend(
             ]
         out, lse = _flash_attention(
             packed,
-            _gathered(keys, some).transpose(0, 1)[None],
-            _gathered(values, some).transpose(0, 1)[None],
+            gathered_keys(keys, some).transpose(0, 1)[None],
+            gathered_keys(values, some).transpose(0, 1)[None],
             attn_mask=mask,
             scale=softmax_scale,
         )
@@ -390,7 +195,7 @@ def several_media_backward(
     buffers = Buffers()
     layout = (media_start, media_end, cu_media, media_seqlens, media_bits, dense)
     most_rows = max(_SCORES // (_CHUNK_KEYS * q.shape[2]), 1)
-    for sample in _samples(*layout, k.shape[1], most_rows):
+    for sample in samples_of(*layout, k.shape[1], most_rows):
         dq_sum = sample.of(dq, kv_heads) if need_dq else None
         in_place = q.dtype == wide and sample.rows is None
         if dq_sum is not None and not in_place:
@@ -455,7 +260,7 @@ def several_media_backward(
         dkv.copy_(gradients.view(dkv.shape))
 
 
-def _long_runs(sample: _Sample, group: int) -> list[_Run]:
+def _long_runs(sample: Sample, group: int) -> list[_Run]:
     """Of blocks that attend to the same keys, cut where they would take much memory."""
     most_rows = max(_LONGEST_ROWS // group, 1)
     runs: list[_Run] = []
@@ -463,7 +268,7 @@ def _long_runs(sample: _Sample, group: int) -> list[_Run]:
         if block.mixed:
             continue
         begin = block.begin
-        ranges = [(first, end) for _, first, end in _joined(sample.parts_of(block))]
+        ranges = [(first, end) for _, first, end in joined_parts(sample.parts_of(block))]
         if runs:
             before, end, same = runs[-1]
             if (end, same) == (begin, ranges) and block.end - before <= most_rows:
@@ -514,7 +319,7 @@ def _row_sums(left: torch.Tensor, right: torch.Tensor, num_rows: int) -> torch.T
 
 
 def _sample_backward(
-    sample: _Sample,
+    sample: Sample,
     q: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
@@ -550,7 +355,7 @@ def _sample_backward(
         dk, dv = (buffers.take(name, (kv_heads, num_keys, head_dim), wide) for name in ("dk", "dv"))
         ranges = []
         column = 0
-        for _, begin, end in _joined(chunk):
+        for _, begin, end in joined_parts(chunk):
             columns = slice(column, column + end - begin)
             ranges.append((slice(begin, end), columns))
             column = columns.stop
@@ -626,7 +431,7 @@ def _add_product(
         total.add_(torch.bmm(left, right, out=buffers.take("product", total.shape, left.dtype)))
 
 
-def _chunks(sample: _Sample) -> Iterator[tuple[list[_Part], list[_Block]]]:
+def _chunks(sample: Sample) -> Iterator[tuple[list[Part], list[Block]]]:
     """Chunks of the keys that any row attends to, with the blocks that may attend to them.
 
     Padding has chunks of its own: what is not finite in it stays with the dense rows.
@@ -635,14 +440,14 @@ def _chunks(sample: _Sample) -> Iterator[tuple[list[_Part], list[_Block]]]:
     parts = [part for part in sample.parts if attended >> part[0] & 1]
     of_dense = [block for block in sample.blocks if block.dense]
     for some, blocks in ((parts, sample.blocks), (sample.padding if of_dense else [], of_dense)):
-        for chunk in _groups(_cut(some, _CHUNK_KEYS), _CHUNK_KEYS):
+        for chunk in grouped_parts(cut_parts(some, _CHUNK_KEYS), _CHUNK_KEYS):
             yield chunk, blocks
 
 
-def _ranges(chunk: list[_Part], block: _Block) -> Iterator[tuple[slice, list[_Part]]]:
+def _ranges(chunk: list[Part], block: Block) -> Iterator[tuple[slice, list[Part]]]:
     """Ranges of a chunk's columns that a block attends to, and their parts."""
     begin = column = 0
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for part in chunk:
         if not block.attends(part[0]):
             if parts:

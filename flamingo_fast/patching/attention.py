@@ -13,7 +13,7 @@ from torch import nn
 
 from flamingo_fast.layout import MediaLayout, values_are_at_hand
 from flamingo_fast.modules.cross_attention import MediaKV
-from flamingo_fast.modules.media_layouts import layout_of_locations
+from flamingo_fast.modules.media_layouts import shared_layout
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
@@ -49,7 +49,7 @@ def layout_of(
             media_locations = is_one
     with_next = attend in ("next", "all_to_next")
     if media_locations.dtype == torch.bool and not with_next:
-        return layout_of_locations(user, media_locations, num_media, after, attend)
+        return shared_layout(user, media_locations, num_media, after, attend)
     text_time = media_locations.cumsum(1)
     if with_next:
         count = text_time[:, -1:]

@@ -38,7 +38,7 @@ def attention(
     """
     if leaves_one_medium(self, x, media.shape[1]):
         return own_forward(self)(x, media, media_locations)
-    layout = open_flamingo.layout_of(self, self, x, media, media_locations)
+    layout = open_flamingo.layout_of_call(self, self, x, media, media_locations)
     if layout is None:
         tell_once(self, open_flamingo.BROADCASTS)
         return own_forward(self)(x, media, media_locations)

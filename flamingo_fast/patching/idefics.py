@@ -205,7 +205,7 @@ def forward_model(
         and _fit(image_attention_mask, text, given)
         and not _falls_back(self)
     ):
-        kwargs[_IMAGES] = _Images(_layout_of(image_attention_mask), may_keep)
+        kwargs[_IMAGES] = _Images(_layout_of_mask(image_attention_mask), may_keep)
         image_attention_mask = image_attention_mask[:, :1]
     arguments = (input_ids, attention_mask, position_ids, cache, inputs_embeds, *given)
     if not may_keep or not may_remember():
@@ -244,7 +244,7 @@ def _falls_back(self: Any) -> bool:
     return False
 
 
-def _layout_of(mask: torch.Tensor) -> MediaLayout:
+def _layout_of_mask(mask: torch.Tensor) -> MediaLayout:
     mask = mask.bool()
     one = mask.shape[2] == 1 or (
         values_are_at_hand(mask) and not bool((mask.sum(2, dtype=torch.int32) > 1).any())

@@ -88,7 +88,7 @@ def is_resampler(module: nn.Module) -> bool:
     )
 
 
-def layout_of(
+def layout_of_call(
     user: nn.Module,
     attn: Any,
     x: torch.Tensor,
@@ -139,7 +139,7 @@ def attention(
     layout = None
     # Without media_locations it takes none but cached media.
     if media_locations is not None or use_cached_media:
-        layout = layout_of(self, self, x, media, media_locations, use_cached_media)
+        layout = layout_of_call(self, self, x, media, media_locations, use_cached_media)
     if layout is None:
         tell_once(self, BROADCASTS)
         return own_forward(self)(x, media, media_locations, use_cached_media)
@@ -157,7 +157,7 @@ def finish(self: Any, x: torch.Tensor, attended: torch.Tensor, media: Any, *args
     options = options_of(self)
     out = finish_block(x, attended, self.attn_gate, self.ff, self.ff_gate, options)
     if options.unattended == "zero_block":
-        layout = layout_of(self, self.attn, x, media, *args)
+        layout = layout_of_call(self, self.attn, x, media, *args)
         if layout is not None:
             out = leave_unattended(x, out, layout)
     return out

@@ -232,12 +232,16 @@ def _shard(model: Flamingo, ranks: Ranks, dtype: torch.dtype, reshard: bool) -> 
 
     def shard(module: nn.Module, reshard_after_forward: bool) -> None:
         _cast(module, dtype, ranks.device, is_sharded=True)
+        # FSDP takes no scalars, and NFNets have some: they stay whole, and `TrainStep` sums their
+        # gradients.
+        scalars = {parameter for parameter in module.parameters() if parameter.dim() == 0}
         fully_shard(
             module,
             mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=placement,
+            ignored_params=scalars,
         )
 
     # Nothing here changes what a module returned in place, of which FSDP warns.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from flamingo_fast.models.config import OPTIMISATIONS
 from flamingo_fast.models.flamingo import Flamingo
@@ -283,10 +284,13 @@ class TrainStep:
         gradients = self._masters.gradients()
         losses = torch.stack([*sums])
         if self._dp_group is not None:
-            # FSDP has done so in the backward.
             with span("all-reduce"):
-                if not isinstance(self.model, FSDPModule):
-                    all_reduce_gradients(gradients, self._dp_group)
+                # FSDP has done so in the backward, but for what it leaves whole.
+                is_sharded = isinstance(self.model, FSDPModule)
+                all_reduce_gradients(
+                    [each for each in gradients if not (is_sharded and isinstance(each, DTensor))],
+                    self._dp_group,
+                )
                 dist.all_reduce(losses, group=self._dp_group)
         norm = global_norm(gradients)
         clip(gradients, norm, self.config.max_grad_norm)
