@@ -21,10 +21,13 @@ VERSION := 4.57.1
 # Of the kernels' and layouts' many cases one of so many runs, others at each commit; 1: all.
 TEST_SAMPLE ?= 3
 BENCH_ARGS ?=
+# Hugging Face's library that `export-kernels` writes for, beside the environment: in it,
+# transformers would use it.
+HUB := kernels==0.17.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PINS) $(PEERS)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PINS) $(PEERS) $(HUB)' | cksum | cut -d' ' -f1)
 OTHER := $(VENV)-transformers-$(VERSION)
 OTHER_PIP := $(OTHER)/bin/python -m pip --disable-pip-version-check -qq
 
@@ -156,6 +159,7 @@ $(STAMP): pyproject.toml setup.py
 	$(PIP) install --no-warn-conflicts 'pip>=22.3' $(TORCH); \
 	$(PIP) install -e '.[dev]' $(TORCH) $(PINS); \
 	$(PIP) install --no-deps $(PEERS); \
+	$(PIP) install --no-deps --upgrade --target $(VENV)/hub $(HUB); \
 	if [ -n "$(TRITON)" ] && [ "$$(uname -s)" = Linux ]; then $(PIP) install --no-deps $(TRITON); fi; \
 	rm -f $(VENV)/.installed-*; touch $@; \
 	echo "install: $$(( $$(date +%s) - start )) s"

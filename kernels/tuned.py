@@ -308,7 +308,9 @@ def _source(module: str) -> str:
         # Of this file's own changes no kernel is another.
         if name in texts or name == "tuned":
             continue
-        texts[name] = (here / f"{name}.py").read_text(encoding="utf-8")
+        text = (here / f"{name}.py").read_text(encoding="utf-8")
+        # In an exported copy imports are relative, and all else is the same.
+        texts[name] = re.sub(r"^from \.\.", "from flamingo_fast.", text, flags=re.MULTILINE)
         left += re.findall(r"^from flamingo_fast\.kernels\.(\w+) import", texts[name], re.MULTILINE)
     code = "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
     return hashlib.sha256(code.encode()).hexdigest()[:16]

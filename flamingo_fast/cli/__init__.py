@@ -14,7 +14,7 @@ import typer
 import flamingo_fast
 from flamingo_fast.cli.app import app
 
-_MACHINE = ("kernels", "bench", "tune", "accept", "profile", "profile_run")
+_MACHINE = ("kernels", "bench", "tune", "accept", "profile", "profile_run", "export_kernels")
 # In the order that --help has.
 for _name in (*_MACHINE, "models", "patch", "data", "train", "demo", "verify"):
     importlib.import_module(f"flamingo_fast.cli.{_name}")

@@ -8,6 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from flamingo_fast.layout.media_layout import MediaLayout
+from flamingo_fast.namespace import NAMESPACE
 
 _TENSORS = [field.name for field in dataclasses.fields(MediaLayout)][:-5]
 _SIZES = [field.name for field in dataclasses.fields(MediaLayout)][-5:]
@@ -42,7 +43,7 @@ def register() -> None:
         MediaLayout,
         _flatten,
         _unflatten,
-        serialized_type_name="flamingo_fast.MediaLayout",
+        serialized_type_name=f"{NAMESPACE}.MediaLayout",
         to_dumpable_context=list,
         from_dumpable_context=list,
         flatten_with_keys_fn=_flatten_with_keys,

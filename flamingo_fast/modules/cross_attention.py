@@ -4,8 +4,6 @@ B batch, L text tokens, N media of a sample, R tokens of a medium, H heads, Hkv 
 head dim.
 """
 
-import dataclasses
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flamingo_fast.layout import ATTEND, MediaLayout, values_are_at_hand
+from flamingo_fast.layout import ATTEND, MediaLayout
+from flamingo_fast.modules.media_layouts import layout_for
 from flamingo_fast.modules.options import check_dims, check_heads, make_norm, one_of, op_impl
 from flamingo_fast.modules.plain import is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
@@ -23,7 +22,6 @@ from flamingo_fast.ops.masked_cross_attention import (
     UNATTENDED,
     masked_cross_attention,
 )
-from flamingo_fast.watchers import is_watched
 
 MediaKV = tuple[torch.Tensor, torch.Tensor]
 
@@ -189,112 +187,6 @@ class MaskedCrossAttention(nn.Module):
             f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, attend={self.attend!r}, "
             f"unattended={self.unattended!r}, impl={self.impl!r}"
         )
-
-
-def layout_for(
-    user: nn.Module,
-    x: torch.Tensor,
-    media: torch.Tensor,
-    media_locations: torch.Tensor | None,
-    use_cached_media: bool,
-    attend: str,
-) -> MediaLayout:
-    """The layout that OpenFlamingo's arguments say, the same one for all layers of a model.
-
-    Arguments:
-        user: the module that asks.
-        x: (B, L, ...).
-        media: (B, N, R, ...).
-        media_locations, use_cached_media: those of `MaskedCrossAttention.forward`.
-        attend: "previous", "next" or "all_previous".
-
-    Raises:
-        TypeError, ValueError: a wrong argument, by name.
-    """
-    batch, seqlen = x.shape[:2]
-    num_media = media.shape[1]
-    if media.shape[0] != batch or media.dim() < 4:
-        raise ValueError(
-            f"media: expected {batch} samples of media (B, N, R, ...) as x has, or a layout; "
-            f"got shape {tuple(media.shape)}"
-        )
-    if media_locations is None:
-        start = torch.zeros(batch, seqlen, dtype=torch.int32, device=x.device)
-        return MediaLayout.from_intervals(start, start + num_media, num_media, max(num_media, 1))
-    if not use_cached_media:
-        if media_locations.shape[:2] != x.shape[:2]:
-            raise ValueError(
-                f"media_locations: expected shape {(batch, seqlen)}, x's, got "
-                f"{tuple(media_locations.shape)} (use_cached_media takes another length)"
-            )
-    return shared_layout(
-        user, media_locations, num_media, seqlen if use_cached_media else None, attend
-    )
-
-
-@dataclasses.dataclass
-class _LastLayout:
-    """The last layout on a GPU, what it was made of, and the modules that had it.
-
-    All layers of a model are given the same locations, and a layout is a hundred small kernels.
-    """
-
-    media_locations: weakref.ref[torch.Tensor]
-    key: tuple[Any, ...]
-    layout: MediaLayout
-    users: weakref.WeakSet[nn.Module]
-
-
-_last_layout: _LastLayout | None = None
-
-# On a CPU: a copy of the locations, what else the layout was made of, and the layout.
-_last_on_cpu: tuple[torch.Tensor, tuple[Any, ...], MediaLayout] | None = None
-
-
-def shared_layout(
-    user: nn.Module,
-    media_locations: torch.Tensor,
-    num_media: int,
-    seqlen_after: int | None,
-    attend: str,
-) -> MediaLayout:
-    """Of the text with the media or, with `seqlen_after`, of so many tokens after it."""
-    global _last_layout, _last_on_cpu
-
-    def make() -> MediaLayout:
-        if seqlen_after is None:
-            return MediaLayout.from_media_locations(media_locations, num_media, attend)
-        return MediaLayout.after_media(media_locations, num_media, seqlen_after, attend)
-
-    if is_watched():
-        return make()
-    if values_are_at_hand(media_locations):
-        # Not by the tensor and its version: NumPy may have changed it, and to compare is cheap.
-        made_of = (media_locations.dtype, num_media, seqlen_after, attend)
-        kept = _last_on_cpu
-        if kept is None or kept[1] != made_of or not torch.equal(kept[0], media_locations):
-            _last_on_cpu = kept = media_locations.clone(), made_of, make()
-        return kept[2]
-    # Changes of an inference tensor are not counted; and a graph must make its own, of what its
-    # locations will hold then.
-    if (
-        not media_locations.is_cuda
-        or media_locations.is_inference()
-        or torch.cuda.is_current_stream_capturing()
-    ):
-        return make()
-    stream = torch.cuda.current_stream(media_locations.device)
-    key = (media_locations._version, num_media, seqlen_after, attend, stream)
-    last = _last_layout
-    if last is None or last.media_locations() is not media_locations or last.key != key:
-        last = None
-    # A module that asks again is in another pass over the layers. Not all that writes to memory in
-    # between is counted as a version: collectives, replayed graphs and `.data` aren't.
-    if last is None or user in last.users:
-        last = _LastLayout(weakref.ref(media_locations), key, make(), weakref.WeakSet())
-        _last_layout = last
-    last.users.add(user)
-    return last.layout
 
 
 def project_media_kv(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flamingo_fast.namespace import NAMESPACE
 from flamingo_fast.watchers import is_differentiated_otherwise, is_watched
 
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -99,7 +100,7 @@ def resolve_impl(impl: str, x: torch.Tensor, not_in_triton: str | None = None) -
     return impl
 
 
-_LIBRARY = torch.library.Library("flamingo_fast", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register_op(
@@ -115,8 +116,8 @@ def register_op(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flamingo_fast::{name}", fake, lib=_LIBRARY)
-    overload = getattr(torch.ops.flamingo_fast, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*arguments: Any) -> Any:
         if is_watched() or not _are_plain(arguments):

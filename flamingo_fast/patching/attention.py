@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout, values_are_at_hand
-from flamingo_fast.modules.cross_attention import MediaKV, shared_layout
+from flamingo_fast.modules.cross_attention import MediaKV
+from flamingo_fast.modules.media_layouts import shared_layout
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.masked_cross_attention import masked_cross_attention

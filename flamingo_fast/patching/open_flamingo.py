@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.modules.cross_attention import layout_for
+from flamingo_fast.modules.media_layouts import layout_for
 from flamingo_fast.modules.plain import has_hooks, is_plain
 from flamingo_fast.modules.resampler import attend_to_medium, project_for_layers
 from flamingo_fast.patching.attention import (
