@@ -214,12 +214,16 @@ def test_a_file_that_can_not_be_imported_fails_by_name(verify: Verify, project: 
 
 
 def test_what_a_run_leaves_out_by_hand_fails(verify: Verify) -> None:
-    code, printed = verify(SHOWN, arguments=("--", "-k", "test_one or test_left_out"))
+    other = SHOWN | {"promise": "One", "evidence": [OTHERS.format("TestToys::test_one")]}
+    code, printed = verify(SHOWN, other, arguments=("--", "-k", "test_one"))
     assert code == 1 and "or it did not run" in printed
 
 
 def test_pytest_that_fails_without_a_test_is_a_failure(verify: Verify, project: Path) -> None:
-    hook = "def pytest_sessionfinish(session): session.exitstatus = 1"
+    hook = (
+        "def pytest_sessionfinish(session):\n"
+        "    session.exitstatus = 0 if session.config.option.collectonly else 1\n"
+    )
     (project / "tests" / "conftest.py").write_text(hook)
     code, printed = verify(SHOWN, arguments=("--", "-p", "no:cacheprovider"))
     assert code == 1 and "exit code 1, and no test failed" in printed
