@@ -22,6 +22,7 @@ from fresh_venv import ROOT
 from typer.testing import CliRunner
 
 from flamingo_fast.cli import app
+from flamingo_fast.training.config import TrainConfig
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -64,8 +65,15 @@ def commands_of(block: str) -> list[list[str]]:
     return found
 
 
+# Of tables and sentences: with their options, as names alone are no whole commands.
+INLINE = {
+    shlex.join(shlex.split(command))
+    for page in PAGES
+    for command in re.findall(r"`(flamingo-fast [^`\n]* --[^`\n]*)`", page.read_text())
+}
 COMMANDS = sorted(
-    {shlex.join(command) for block in blocks("sh") for command in commands_of(block.values[0])}
+    INLINE
+    | {shlex.join(command) for block in blocks("sh") for command in commands_of(block.values[0])}
 )
 
 
@@ -89,6 +97,13 @@ def test_there_are_blocks_to_run() -> None:
 @pytest.mark.parametrize("block", blocks("python"))
 def test_example_runs(block: str, elsewhere: Path) -> None:
     exec(block, {})
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_runs_described_in_yaml_are_configs(block: str, elsewhere: Path) -> None:
+    (elsewhere / "run.yaml").write_text(block)
+    config = TrainConfig.from_yaml("run.yaml")
+    assert config.optimizer.lr == 1e-4 and len(config.datasets) == 2
 
 
 def usage_error(words: list[str], folder: Path) -> str:

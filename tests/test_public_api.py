@@ -25,7 +25,13 @@ UPDATE = "PYTHONPATH=. python tests/test_public_api.py"
 MODULES = (
     *("flamingo_fast", "flamingo_fast.layout", "flamingo_fast.reference", "flamingo_fast.ranges"),
     *("flamingo_fast.modules", "flamingo_fast.modules.checkpoints"),
-    *("flamingo_fast.models", "flamingo_fast.models.cache", "flamingo_fast.models.folder"),
+    "flamingo_fast.ops.linear_cross_entropy",
+    *(
+        "flamingo_fast.models",
+        "flamingo_fast.models.work",
+        "flamingo_fast.models.cache",
+        "flamingo_fast.models.folder",
+    ),
     *("flamingo_fast.models.generation", "flamingo_fast.models.open_flamingo"),
     *("flamingo_fast.models.processor", "flamingo_fast.models.saving"),
     *("flamingo_fast.patching", "flamingo_fast.patching.rules"),
