@@ -207,9 +207,8 @@ def plan_sizes() -> str:
         ("flamingo-80b", 64, {}, 1),
         ("flamingo-80b", 1024, {"tensor_parallel": 16}, 1),
     ):
-        each = plan(
-            FlamingoConfig.preset(name), gpus, ParallelConfig(**options), micro_batch_size=micro
-        )
+        parallel = ParallelConfig(activation_checkpointing=True, **options)
+        each = plan(FlamingoConfig.preset(name), gpus, parallel, micro_batch_size=micro)
         memory = each.memory
         rows.append(
             (
@@ -255,9 +254,8 @@ def plan_80b() -> str:
             for name in config.datasets
             for batch in DATASETS[name]
         }
-        each = plan(
-            config, gpus, ParallelConfig(**options), batches=batches, micro_batch_size=micro
-        )
+        parallel = ParallelConfig(activation_checkpointing=True, **options)
+        each = plan(config, gpus, parallel, batches=batches, micro_batch_size=micro)
         traffic = each.traffic
         bounds = (each.compute_s, each.data_parallel_s, each.tensor_parallel_s)
         rows.append(

@@ -21,20 +21,21 @@ from flamingo_fast.models.work import Batch as Sizes
 from flamingo_fast.training.batch import Batch
 from flamingo_fast.training.config import OptimizerConfig, ParallelConfig
 from flamingo_fast.training.parallel import prepare
-from flamingo_fast.training.plan import H100_CLUSTER, plan
+from flamingo_fast.training.plan import H100_CLUSTER, _reduced, _shares, plan
 from flamingo_fast.training.step import TrainStep
 
 ROWS, TOKENS, MEDIA = 4, 8, 2
 # How many times a message's bytes a rank of two sends.
 SENT = {"_allgather_base_": 1 / 2, "_reduce_scatter_base_": 1 / 2, "all_reduce": 1, "allreduce_": 1}
+CHECKPOINTING = ParallelConfig(activation_checkpointing=True)
 
 
-def small_config(**conditioning: Any) -> FlamingoConfig:
-    """The mini model with frozen parts, as the large ones; of a vision transformer."""
+def small_config(encoder: str = "vit_mini", **conditioning: Any) -> FlamingoConfig:
+    """The mini model with frozen parts, as the large ones."""
     mini = FlamingoConfig.preset("flamingo-mini")
     return dataclasses.replace(
         mini,
-        vision=dataclasses.replace(mini.vision, encoder="vit_mini", is_frozen=True),
+        vision=dataclasses.replace(mini.vision, encoder=encoder, is_frozen=True),
         conditioning=dataclasses.replace(mini.conditioning, **conditioning),
         lm=dataclasses.replace(mini.lm, is_frozen=True),
         eoc_token_id=mini.lm.vocab_size,
@@ -74,10 +75,70 @@ def held(model: nn.Module, is_trained: bool) -> int:
     return sum(each.numel() for each in local)
 
 
+def random_batch(config: FlamingoConfig, rows: int) -> Batch:
+    torch.manual_seed(0)
+    ids = torch.randint(10, 100, (rows, TOKENS))
+    ids[:, ::4] = config.image_token_id
+    side = config.vision.image_size
+    return Batch(
+        input_ids=ids,
+        labels=ids,
+        attention_mask=None,
+        cu_seqlens=None,
+        num_media=[MEDIA] * rows,
+        attend=None,
+        pixels=torch.randn(rows * MEDIA, 1, 3, side, side),
+        features=None,
+        num_samples=rows,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of a rank: numbers of parameters, scalars among them, and bytes that a step sends."""
+
+    frozen: int
+    trained: int
+    trained_scalars: int
+    sent: collections.Counter[str]
+
+    @property
+    def reduced(self) -> float:
+        return self.sent["_reduce_scatter_base_"] + self.sent["allreduce_"]
+
+
+def measure(config: FlamingoConfig, gpus: int, parallel: ParallelConfig, rows: int) -> Measured:
+    """A step of one of so many ranks, with forwards of one row."""
+    model = Flamingo(config)
+    with one_rank_of(gpus):
+        ranks = prepare(model, parallel, "bf16", "cpu")
+        step = TrainStep(
+            model,
+            OptimizerConfig(),
+            weights={"m3w": 1.0},
+            micro_batch_size=1,
+            dp_group=ranks.dp_group,
+        )
+        with Sent() as sent:
+            step({"m3w": random_batch(config, rows)})
+        return Measured(
+            held(model, False),
+            held(model, True),
+            sum(each.requires_grad and each.dim() == 0 for each in model.parameters()),
+            collections.Counter({name: SENT[name] * n for name, n in sent.bytes.items()}),
+        )
+
+
+# Beside gradients, a loss and norms.
+BESIDE = 16
+
+
 @pytest.mark.parametrize(
     ("gpus", "tensor_parallel", "fsdp", "options"),
     [
         (4, 2, True, {}),
+        # Frozen scalars, which FSDP doesn't gather.
+        (2, 1, True, {"encoder": "nfnet_mini"}),
         (4, 2, True, {"every": 2}),
         (2, 2, True, {}),
         (2, 1, True, {}),
@@ -90,54 +151,67 @@ def test_ranks_hold_and_send_what_is_planned(gpus, tensor_parallel, fsdp, option
         fsdp=fsdp, tensor_parallel=tensor_parallel, activation_checkpointing=True
     )
     rows = ROWS * tensor_parallel // gpus
-    torch.manual_seed(0)
-    model = Flamingo(config)
-    ids = torch.randint(10, 100, (rows, TOKENS))
-    ids[:, ::4] = config.image_token_id
-    side = config.vision.image_size
-    batch = Batch(
-        input_ids=ids,
-        labels=ids,
-        attention_mask=None,
-        cu_seqlens=None,
-        num_media=[MEDIA] * rows,
-        attend=None,
-        pixels=torch.randn(rows * MEDIA, 1, 3, side, side),
-        features=None,
-        num_samples=rows,
-    )
-    with one_rank_of(gpus):
-        ranks = prepare(model, parallel, "bf16", "cpu")
-        step = TrainStep(
-            model,
-            OptimizerConfig(),
-            weights={"m3w": 1.0},
-            micro_batch_size=1,
-            dp_group=ranks.dp_group,
-        )
-        with Sent() as sent:
-            step({"m3w": batch})
-        frozen, trained = held(model, False), held(model, True)
+    measured = measure(config, gpus, parallel, rows)
     sizes = {"m3w": Sizes(ROWS, TOKENS, MEDIA)}
     planned = plan(config, gpus, parallel, batches=sizes, micro_batch_size=1)
 
-    memory = planned.memory
+    memory, traffic = planned.memory, planned.traffic
     is_sharded = fsdp and gpus > tensor_parallel
-    assert memory.frozen == 2 * frozen
-    assert memory.weights == (4 if is_sharded else 6) * trained
-    assert memory.gradients == 4 * trained
-    assert memory.moments == 8 * trained
-    bytes_sent = collections.Counter({name: SENT[name] * n for name, n in sent.bytes.items()})
+    assert memory.frozen == 2 * measured.frozen
+    assert memory.weights == (4 if is_sharded else 6) * measured.trained
+    assert memory.gradients == 4 * measured.trained
+    assert memory.moments == 8 * measured.trained
     assert planned.passes == rows
-    assert planned.traffic.gather == bytes_sent["_allgather_base_"]
-    assert planned.traffic.tensor_parallel == bytes_sent["all_reduce"]
-    # Beside gradients, a loss and norms.
-    scalars = 16
-    assert planned.traffic.reduce <= bytes_sent["_reduce_scatter_base_"] + bytes_sent["allreduce_"]
-    assert (
-        planned.traffic.reduce
-        >= bytes_sent["_reduce_scatter_base_"] + bytes_sent["allreduce_"] - scalars
-    )
+    assert traffic.gather == measured.sent["_allgather_base_"]
+    assert traffic.tensor_parallel == measured.sent["all_reduce"]
+    assert measured.reduced - BESIDE <= traffic.reduce <= measured.reduced
+
+
+def test_gradients_of_trained_scalars_are_summed_beside_those_of_fsdp():
+    # `plan` takes no trained encoder, and nothing else of a model has scalars.
+    config, rows = FlamingoConfig.preset("flamingo-mini"), 2
+    measured = measure(config, 2, CHECKPOINTING, rows)
+    assert measured.trained_scalars > 0
+    units = _shares(config, 1, 2)
+    assert sum(each.scalars for each in units if each.is_trained) == measured.trained_scalars
+    by_fsdp = sum(4 * each.shard for each in units if each.is_trained) * rows
+    assert by_fsdp == measured.sent["_reduce_scatter_base_"]
+    # One rank of two sends what an all-reduce is of.
+    assert _reduced(units, 2, True, rows) == by_fsdp + 4 * measured.trained_scalars
+    assert 0 < measured.reduced - _reduced(units, 2, True, rows) <= BESIDE
+
+
+def test_weights_that_are_not_let_go_are_all_in_flight():
+    config = small_config(encoder="nfnet_mini")
+    kept = dataclasses.replace(CHECKPOINTING, reshard_after_forward=False)
+    gathered = {}
+    for parallel in (CHECKPOINTING, kept):
+        model = Flamingo(config)
+        batch = random_batch(config, 1)
+        with one_rank_of(2):
+            prepare(model, parallel, "bf16", "cpu")
+            layers = (*model.conditioning.blocks, model.resampler)
+            trained = [
+                sum(each.numel() for each in layer.parameters() if each.requires_grad)
+                for layer in layers
+            ]
+            model(
+                batch.input_ids, videos=batch.pixels, num_media=batch.num_media, labels=batch.labels
+            )
+            # Those that are gathered are whole tensors between forward and backward.
+            gathered[parallel] = sum(
+                each.numel() * each.element_size()
+                for each in model.parameters()
+                if not isinstance(each, DTensor) and each.dim() > 0
+            )
+    sizes = {"m3w": Sizes(2, TOKENS, MEDIA)}
+    few, all_of_them = (plan(config, 2, each, batches=sizes) for each in (CHECKPOINTING, kept))
+    # A layer's gradients are bf16 and fp32.
+    gradients = (2 + 4) * max(trained)
+    assert all_of_them.memory.in_flight == gathered[kept] + gradients
+    assert gathered[CHECKPOINTING] < few.memory.in_flight - gradients < gathered[kept]
+    assert all_of_them.memory.state == few.memory.state
+    assert all_of_them.traffic.gather < few.traffic.gather
 
 
 # What is saved for the backward is found by a forward of each dataset.
@@ -145,7 +219,7 @@ PAGES = {"m3w": Sizes(64, 256, 5)}
 
 
 def test_more_rows_take_more_memory_and_more_ranks_less():
-    config, parallel = FlamingoConfig.preset("flamingo-3b"), ParallelConfig()
+    config, parallel = FlamingoConfig.preset("flamingo-3b"), CHECKPOINTING
     few, many = (plan(config, 8, parallel, batches=PAGES, micro_batch_size=rows) for rows in (1, 8))
     assert few.memory.activations < many.memory.activations
     assert few.memory.state == many.memory.state
@@ -182,7 +256,8 @@ def test_bandwidth_is_that_of_the_links_a_group_has(ranks, stride, bandwidth):
 
 
 def test_times_are_bounds_by_peaks():
-    config, parallel = FlamingoConfig.preset("flamingo-3b"), ParallelConfig(tensor_parallel=8)
+    config = FlamingoConfig.preset("flamingo-3b")
+    parallel = dataclasses.replace(CHECKPOINTING, tensor_parallel=8)
     planned = plan(config, 16, parallel, batches=PAGES, micro_batch_size=1)
     traffic = planned.traffic
     assert planned.tensor_parallel_s == traffic.tensor_parallel / 450e9 > 0
@@ -201,4 +276,13 @@ def test_times_are_bounds_by_peaks():
 )
 def test_what_can_not_be_planned_is_refused_by_name(config, gpus, tensor_parallel, message):
     with pytest.raises(ConfigError, match=message):
-        plan(FlamingoConfig.preset(config), gpus, ParallelConfig(tensor_parallel=tensor_parallel))
+        plan(
+            FlamingoConfig.preset(config),
+            gpus,
+            dataclasses.replace(CHECKPOINTING, tensor_parallel=tensor_parallel),
+        )
+
+
+def test_without_activation_checkpointing_nothing_is_planned():
+    with pytest.raises(ConfigError, match=r"parallel.activation_checkpointing: expected true"):
+        plan(FlamingoConfig.preset("flamingo-3b"), 8, ParallelConfig(), batches=PAGES)

@@ -98,7 +98,8 @@ class Memory:
         weights: trained ones: fp32, and without FSDP a bf16 copy to compute with.
         gradients, moments: fp32, of AdamW's moments two.
         in_flight: what is there for a moment: with FSDP two layers gathered, a third's gradients,
-            and the last part, which stays gathered; without, a bucket of gradients.
+            and the last part, which stays gathered, or without reshard_after_forward all layers
+            gathered and one's gradients; without FSDP, a bucket of gradients.
         activations: that the forward of a micro-batch keeps, and one layer that is computed again;
             as if no layer was shared, by the reference ops, which keep more than the kernels.
         logits: a chunk of them.
@@ -186,24 +187,30 @@ def plan(
     *,
     batches: Mapping[str, Batch] | None = None,
     micro_batch_size: int | None = None,
-    cluster: Cluster = H100_CLUSTER,
+    cluster: Cluster | None = None,
 ) -> Plan:
     """Memory and traffic of a training step in bf16, "accumulation", with activation checkpointing.
 
     Arguments:
         config: with a frozen vision encoder and a language model of kind "chinchilla".
         gpus: of all.
-        parallel: fsdp, tensor_parallel, reshard_after_forward.
+        parallel: fsdp, tensor_parallel, reshard_after_forward; with activation_checkpointing.
         batches: of each dataset, on all ranks together; by default those of the paper's ablations.
         micro_batch_size: rows of a forward; None: a batch's.
+        cluster: None: `H100_CLUSTER`.
 
     Raises:
-        ConfigError: another config; GPUs that tensor_parallel doesn't divide, or rows that the
-            data-parallel ranks don't.
+        ConfigError: another config; no activation checkpointing; GPUs that tensor_parallel doesn't
+            divide, or rows that the data-parallel ranks don't.
     """
     if not config.vision.is_frozen or config.lm.kind != "chinchilla":
         raise ConfigError(
             "config: expected a frozen vision encoder and a language model of kind chinchilla"
+        )
+    if not parallel.activation_checkpointing:
+        raise ConfigError(
+            "parallel.activation_checkpointing: expected true, as only memory with it is known "
+            "here; got false"
         )
     shared = parallel.tensor_parallel
     if gpus % shared:
@@ -230,14 +237,14 @@ def plan(
         gpus,
         parallel,
         sum(passes.values()),
-        _memory(config, units, is_sharded, ranks, forwards),
+        _memory(config, units, is_sharded, ranks, parallel, forwards),
         Traffic(
             _gathered(units, ranks, parallel, sum(passes.values())) if is_sharded else 0,
             _reduced(units, ranks, is_sharded, sum(passes.values())),
             sum(_summed(config, named[name], rows[name], passes[name], shared) for name in named),
         ),
         flops // gpus,
-        cluster,
+        H100_CLUSTER if cluster is None else cluster,
     )
 
 
@@ -257,7 +264,8 @@ class _Unit:
     """What FSDP gathers at once: numbers of parameters.
 
     `whole` are those of a rank before FSDP shards them, `shard` what it has of them for good, in
-    FSDP's equal parts. `largest` is the largest parameter.
+    FSDP's equal parts. `scalars` are in neither: FSDP leaves them whole. `largest` is the largest
+    parameter.
     """
 
     name: str
@@ -266,6 +274,7 @@ class _Unit:
     stays: bool
     whole: int
     shard: int
+    scalars: int
     largest: int
 
 
@@ -312,28 +321,31 @@ def _shares(config: FlamingoConfig, shared: int, ranks: int) -> tuple[_Unit, ...
     units = []
     for name, module, has_backward, stays in _modules(model):
         counts: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        scalars = {True: 0, False: 0}
         for parameter in module.parameters():
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             whole = _shape(parameter, rows_and_columns.get(id(parameter)), shared)
             dim = 1 if rows_and_columns.get(id(parameter)) == "pieces" and shared > 1 else 0
-            # A scalar can't be shared.
-            shard = [*whole] or [1]
+            if not whole:
+                scalars[parameter.requires_grad] += 1
+                continue
+            shard = [*whole]
             shard[dim] = -(-shard[dim] // ranks)
             counts[parameter.requires_grad].append((math.prod(whole), math.prod(shard)))
         for is_trained, each in counts.items():
-            if each:
-                wholes, shards = zip(*each, strict=True)
+            if each or scalars[is_trained]:
                 units.append(
                     _Unit(
                         name,
                         is_trained,
                         has_backward,
                         stays,
-                        sum(wholes),
-                        sum(shards),
-                        max(wholes),
+                        sum(whole for whole, _ in each),
+                        sum(shard for _, shard in each),
+                        scalars[is_trained],
+                        max((whole for whole, _ in each), default=1),
                     )
                 )
     return tuple(units)
@@ -378,18 +390,23 @@ def _memory(
     units: tuple[_Unit, ...],
     is_sharded: bool,
     ranks: int,
+    parallel: ParallelConfig,
     forwards: Mapping[str, Batch],
 ) -> Memory:
-    frozen = sum(each.shard for each in units if not each.is_trained)
-    trained = sum(each.shard for each in units if each.is_trained)
+    frozen = sum(each.shard + each.scalars for each in units if not each.is_trained)
+    trained = sum(each.shard + each.scalars for each in units if each.is_trained)
     if is_sharded:
-        # A layer computes while the next one is gathered.
         gathered: dict[str, int] = collections.defaultdict(int)
         for each in units:
             if not each.stays:
                 gathered[each.name] += _HALF * each.whole
-        pairs = zip(gathered.values(), [*gathered.values()][1:], strict=False)
-        in_flight = max(sum(pair) for pair in pairs)
+        if parallel.reshard_after_forward:
+            # A layer computes while the next one is gathered.
+            pairs = zip(gathered.values(), [*gathered.values()][1:], strict=False)
+            in_flight = max(sum(pair) for pair in pairs)
+        else:
+            # When the backward begins no layer was let go.
+            in_flight = sum(gathered.values())
         in_flight += sum(_HALF * each.whole for each in units if each.stays)
         # Of a layer's gradients what the backward made, and fp32 ones to be sent.
         in_flight += max(
@@ -505,11 +522,13 @@ def _gathered(units: tuple[_Unit, ...], ranks: int, parallel: ParallelConfig, pa
 
 
 def _reduced(units: tuple[_Unit, ...], ranks: int, is_sharded: bool, passes: int) -> int:
-    """Gradients in fp32: with FSDP of each backward, otherwise once."""
+    """Gradients in fp32: with FSDP of each backward, but for scalars; otherwise once."""
     trained = [each for each in units if each.is_trained]
+    once = sum(each.scalars if is_sharded else each.whole + each.scalars for each in trained)
+    sent = 2 * _WIDE * once * (ranks - 1) // ranks
     if is_sharded:
-        return sum(_WIDE * each.shard * (ranks - 1) for each in trained) * passes
-    return 2 * _WIDE * sum(each.whole for each in trained) * (ranks - 1) // ranks
+        sent += sum(_WIDE * each.shard * (ranks - 1) for each in trained) * passes
+    return sent
 
 
 def _summed(config: FlamingoConfig, batch: Batch, rows: int, passes: int, shared: int) -> int:
