@@ -71,7 +71,14 @@ def test_cached_decoding_is_uncached(family, kind, seen_logits):
 
 
 @pytest.mark.parametrize(
-    "family, kind", [("chinchilla", "grafting"), ("gpt2", "vanilla_xattn"), ("mistral", KINDS[0])]
+    "family, kind",
+    [
+        ("chinchilla", "grafting"),
+        ("gpt2", "vanilla_xattn"),
+        ("mistral", KINDS[0]),
+        ("opt", KINDS[0]),
+        ("llama", KINDS[0]),
+    ],
 )
 def test_static_cache_is_uncached(family, kind, seen_logits):
     check_decoding(flamingo(family, kind), seen_logits, static_cache=True)
@@ -298,6 +305,7 @@ def run_on_meta(decoder, logits, tokens, sampling):
         ("chinchilla", "grafting", {}, (0.7, 5, 0.9, None)),
         ("chinchilla", "grafting", {"static_cache": True}, (0.0, None, None, None)),
         ("gpt2", "vanilla_xattn", {"static_cache": True}, (0.7, 5, 0.9, None)),
+        ("opt", "gated_xattn_dense", {"static_cache": True}, (0.0, None, None, None)),
         ("llama", "gated_xattn_dense", {}, (0.0, None, None, None)),
         ("llama", "gated_xattn_dense", {"copies": 4}, ()),
         ("gpt2", "gated_xattn_dense", {"copies": 4, "static_cache": True}, ()),
