@@ -137,8 +137,8 @@ class _NoBlockingConstants(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _autocast(device_type: str, *args, **kwargs) -> contextlib.AbstractContextManager:
-    """transformers 4 turns it off on any device; the meta device has none."""
+def autocast_or_none(device_type: str, *args, **kwargs) -> contextlib.AbstractContextManager:
+    """`torch.autocast` for models of transformers 4: they turn it off, and "meta" has none."""
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.amp.autocast(device_type, *args, **kwargs)
@@ -147,7 +147,7 @@ def _autocast(device_type: str, *args, **kwargs) -> contextlib.AbstractContextMa
 @contextlib.contextmanager
 def no_host_sync() -> Iterator[None]:
     with (
-        unittest.mock.patch.object(torch, "autocast", _autocast),
+        unittest.mock.patch.object(torch, "autocast", autocast_or_none),
         _NoBlockingConstants(),
         _NoSyncingOps(),
     ):
