@@ -1,9 +1,9 @@
 """Weights whose rows are several projections, one after another, with a part of each on a rank.
 
 Rows of (q, k, v) by heads are such: a rank's local tensor is no range of the whole, but one of each
-piece. DTensor has a placement for it, `_StridedShard`, with which arithmetic is right. `full_tensor`
-of PyTorch 2.11 refuses it; torch.distributed.checkpoint takes every local tensor for one range and
-writes rows to wrong places.
+piece. DTensor has a placement for it, `_StridedShard`, with which arithmetic is right, but
+`full_tensor` of PyTorch 2.11 refuses it, and torch.distributed.checkpoint takes every local tensor
+for one range and writes rows to wrong places.
 """
 
 from typing import Any
