@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from flamingo_fast.models.cache import FlamingoCache
 from flamingo_fast.models.conditioning import MediaContext
 from flamingo_fast.models.extras import require
-from flamingo_fast.models.parts import inverts_masks
 
 if TYPE_CHECKING:
     from flamingo_fast.models.flamingo import Flamingo
@@ -62,11 +61,11 @@ class Decoder:
             )
         self._cache: Any = dataclasses.replace(cache, lm=lm, graft=graft)
         self._mask: torch.Tensor | None = None
-        is_padded, makes_masks = (cache.attention_mask == 0).any(), _makes_masks(model.lang_model)
-        # Without one these would read from a GPU how full a static cache is, to make a mask of it.
-        if is_padded or (static_cache and makes_masks):
-            if not makes_masks:
-                _hide_from_reading(lm)
+        is_padded = bool((cache.attention_mask == 0).any())
+        if is_padded and not static_cache and not _makes_masks(model.lang_model):
+            _hide_from_reading(lm)
+        # Without a mask some models would read from a GPU how full a static cache is, to make one.
+        if is_padded or static_cache:
             # Static shapes need the tokens to come to be in the mask, hidden until they are there.
             mask = F.pad(cache.attention_mask, (0, room), value=0 if static_cache else 1)
             self._mask = repeated_rows(mask, copies)
@@ -151,9 +150,8 @@ def copied_cache(
 
 
 def _makes_masks(lang_model: torch.nn.Module) -> bool:
-    """Whether it has code of its own for masks, as OPT and MPT have in transformers 4."""
-    makes = any(hasattr(each, "_update_causal_mask") for each in lang_model.modules())
-    return makes or inverts_masks(lang_model)
+    """Whether it has code of its own for masks, as OPT has in transformers 4."""
+    return any(hasattr(each, "_update_causal_mask") for each in lang_model.modules())
 
 
 def _hide_from_reading(cache: Any) -> None:
