@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import unittest.mock
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -136,9 +137,20 @@ class _NoBlockingConstants(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def autocast_or_none(device_type: str, *args, **kwargs) -> contextlib.AbstractContextManager:
+    """`torch.autocast` for models of transformers 4: they turn it off, and "meta" has none."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.amp.autocast(device_type, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def no_host_sync() -> Iterator[None]:
-    with _NoBlockingConstants(), _NoSyncingOps():
+    with (
+        unittest.mock.patch.object(torch, "autocast", autocast_or_none),
+        _NoBlockingConstants(),
+        _NoSyncingOps(),
+    ):
         yield
 
 

@@ -47,12 +47,15 @@ FAMILIES = {
 }
 
 
+def hf_config(family: str, **options: object) -> transformers.PretrainedConfig:
+    sizes = FAMILIES.get(family, {**_GROUPED, "head_dim": 8})
+    return transformers.AutoConfig.for_model(family, **{**sizes, **options})
+
+
 def hf_model(family: str, **options: object) -> nn.Module:
     """A causal language model of transformers, random, in eval mode."""
     torch.manual_seed(0)
-    sizes = FAMILIES.get(family, {**_GROUPED, "head_dim": 8})
-    config = transformers.AutoConfig.for_model(family, **{**sizes, **options})
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(family, **options))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "position" not in name:
             nn.init.normal_(parameter, std=0.3)

@@ -257,7 +257,13 @@ def test_a_checkpointed_frozen_language_model_keeps_no_graph_before_the_first_bl
     model.checkpoint()
     embedded = []
     layers = find_layers(model.lang_model)
-    handle = layers[1].register_forward_hook(lambda *args: embedded.append(args[-1].requires_grad))
+
+    def see(layer, args, output):
+        # Layers of transformers 4 return tuples.
+        hidden = output[0] if isinstance(output, tuple) else output
+        embedded.append(hidden.requires_grad)
+
+    handle = layers[1].register_forward_hook(see)
     model(IDS, images(2, 2), labels=IDS).loss.backward()
     handle.remove()
     assert embedded == [False]

@@ -14,6 +14,7 @@ from generation_cases import (
     VOCAB,
     Batch,
     Letters,
+    even_batch,
     every_kind,
     flamingo,
     image_of,
@@ -56,11 +57,13 @@ def assert_as_uncached(model, rows, images, sequences, logits):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
 
-def check_decoding(model, seen_logits, **options):
-    batch = mixed_batch()
+def check_decoding(model, seen_logits, batch=None, **options):
+    batch = batch or mixed_batch()
     output = generate(model, **batch.prompt, max_new_tokens=7, stop_token_ids=(), **options)
     rows = output.sequences.tolist()
-    assert len({tuple(row) for row in rows}) == 3 and all(len(row) == 7 for row in rows)
+    assert len({tuple(row) for row in rows}) == len(batch.rows) and all(
+        len(row) == 7 for row in rows
+    )
     assert_as_uncached(model, batch.rows, batch.images, rows, seen_logits)
 
 
@@ -70,11 +73,29 @@ def test_cached_decoding_is_uncached(family, kind, seen_logits):
     check_decoding(flamingo(family, kind), seen_logits)
 
 
+@pytest.mark.parametrize("kind", ["gated_xattn_dense", "grafting"])
+def test_cached_decoding_of_mpt_is_uncached(kind, seen_logits):
+    check_decoding(flamingo("mpt", kind), seen_logits)
+
+
 @pytest.mark.parametrize(
-    "family, kind", [("chinchilla", "grafting"), ("gpt2", "vanilla_xattn"), ("mistral", KINDS[0])]
+    "family, kind",
+    [
+        ("chinchilla", "grafting"),
+        ("gpt2", "vanilla_xattn"),
+        ("mistral", KINDS[0]),
+        ("opt", KINDS[0]),
+        ("llama", KINDS[0]),
+        ("mpt", KINDS[0]),
+    ],
 )
 def test_static_cache_is_uncached(family, kind, seen_logits):
     check_decoding(flamingo(family, kind), seen_logits, static_cache=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mpt"])
+def test_static_cache_without_padding_is_uncached(family, seen_logits):
+    check_decoding(flamingo(family), seen_logits, even_batch(), static_cache=True)
 
 
 @pytest.mark.parametrize("attend", ["next", "all_previous"])
@@ -254,18 +275,19 @@ def test_asking_late_changes_nothing(options, monkeypatch):
     assert results[0] == results[1] and len(results[0][0][0]) < 20
 
 
-def on_meta(model, **options):
+def on_meta(model, batch=None, **options):
     """A decoder after a prefill, and its logits: with no values that a host could read.
 
     The model goes there too, so it is a new one.
     """
-    batch = mixed_batch()
+    batch = batch or mixed_batch()
     cache, logits = generation._prefill(model, num_media=None, videos=None, **batch.prompt)
     decoder = Decoder(model, cache, room=20, **options)
     model.to("meta")
     decoder.context.layout = decoder.context.layout.to("meta")
     decoder.context.media_kv = pytree.tree_map(lambda each: each.to("meta"), cache.media_kv)
-    decoder._mask, decoder._slot = decoder._mask.to("meta"), decoder._slot.to("meta")
+    decoder._mask = None if decoder._mask is None else decoder._mask.to("meta")
+    decoder._slot = decoder._slot.to("meta")
     for each in filter(None, (decoder._cache.lm, decoder._cache.graft)):
         for layer in each.layers:
             layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
@@ -298,6 +320,7 @@ def run_on_meta(decoder, logits, tokens, sampling):
         ("chinchilla", "grafting", {}, (0.7, 5, 0.9, None)),
         ("chinchilla", "grafting", {"static_cache": True}, (0.0, None, None, None)),
         ("gpt2", "vanilla_xattn", {"static_cache": True}, (0.7, 5, 0.9, None)),
+        ("opt", "gated_xattn_dense", {"static_cache": True}, (0.0, None, None, None)),
         ("llama", "gated_xattn_dense", {}, (0.0, None, None, None)),
         ("llama", "gated_xattn_dense", {"copies": 4}, ()),
         ("gpt2", "gated_xattn_dense", {"copies": 4, "static_cache": True}, ()),
@@ -307,6 +330,13 @@ def test_no_host_sync_for_a_token(family, kind, options, sampling, new_flamingo)
     decoder, logits = on_meta(new_flamingo(family, kind), **options)
     tokens, lengths, *_ = run_on_meta(decoder, logits, 4, sampling)
     assert tokens.shape == (3, 4) and lengths.shape == (3,) and decoder.num_fed == 3
+
+
+@pytest.mark.parametrize("family", ["chinchilla", "gpt2", "llama", "opt"])
+def test_no_host_sync_without_padding(family, new_flamingo):
+    decoder, logits = on_meta(new_flamingo(family), even_batch(), static_cache=True)
+    run_on_meta(decoder, logits, 4, (0.0, None, None, None))
+    assert decoder.num_fed == 3
 
 
 @pytest.mark.parametrize("copies", [1, 3])

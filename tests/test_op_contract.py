@@ -48,6 +48,17 @@ def test_compile_fullgraph(op, guarded):
     _assert_equal(compiled, _run(op, case, "triton"))
 
 
+def test_compile_with_shapes_that_may_change():
+    """Checks of arguments see symbols for x's sizes, and numbers for those of weights."""
+    x, norm = torch.randn(3, 48), torch.nn.LayerNorm(48)
+
+    def function(x):
+        return ff.layer_norm(x, norm.weight, norm.bias, eps=1e-5, impl="torch")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x), function(x))
+
+
 def test_compile_with_inductor():
     """Through Inductor: the kernels stay as they are, the torch implementation is fused by it."""
     try:

@@ -126,7 +126,10 @@ def _install_hugging_face_kernels(venv: FreshVenv) -> Path:
     """
     (transformers,) = importlib.util.find_spec("transformers").submodule_search_locations
     source = (Path(transformers) / "utils" / "import_utils.py").read_text()
-    version = re.search(r'KERNELS_MIN_VERSION = "(.+)"', source).group(1)
+    least = re.search(r'KERNELS_MIN_VERSION = "(.+)"', source)
+    if least is None:
+        pytest.skip("transformers 4 does without a `kernels` that lacks what it looks for")
+    version = least.group(1)
     packages = venv.path / "packages"
     module = packages / "kernels" / "__init__.py"
     module.parent.mkdir()

@@ -25,7 +25,7 @@ from flamingo_fast.training.batch import Batch
 from flamingo_fast.training.checkpoints import Checkpoints
 from flamingo_fast.training.config import OptimizerConfig, ParallelConfig
 from flamingo_fast.training.parallel import Ranks, make_ranks, prepare
-from flamingo_fast.training.pieces import checkpointable
+from flamingo_fast.training.pieces import checkpointable, whole
 from flamingo_fast.training.step import TrainStep, split_batch
 from flamingo_fast.training.tensor_parallel import fsdp_placement, parallelize
 
@@ -85,10 +85,6 @@ def loss_of(model: Flamingo, batch: Batch) -> torch.Tensor:
     ).loss
     assert loss is not None
     return loss
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_same_weights(model: Flamingo, expected: Flamingo) -> None:

@@ -126,6 +126,12 @@ def stand_in_of_varlen_attn(
     return attend_by_sequences(query, key, value, cu_seq_q, cu_seq_k, max_q, scale, 0)
 
 
+def older_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
+    """As PyTorch 2.11 has it."""
+    assert max_k == R and query.shape[1] == key.shape[1]
+    return attend_by_sequences(query, key, value, cu_seq_q, cu_seq_k, max_q, scale, 0)
+
+
 def _flash_attn_2(
     q,
     k,

@@ -36,11 +36,13 @@ class RelativeContext:
             view of them in rows of S is what Transformer-XL calls the relative shift.
         unseen: bool (B or 1, 1, L, S), True where a token may not see a key; None: it may, always.
         cache: keys and values of earlier calls, a cache of transformers; or None.
+        positions: (L,) int64, where in the cache the tokens go.
     """
 
     sinusoids: torch.Tensor
     unseen: torch.Tensor | None
     cache: Any = None
+    positions: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -105,7 +107,8 @@ def relative_context(
     if documents is not None and unseen is not None:
         unseen = unseen | (documents[:, None, :, None] != documents[:, None, None, :])
     distances = past + length - 1 - torch.arange(num_keys + 1, device=hidden.device)
-    return RelativeContext(_sinusoids(distances, dim, hidden.dtype), unseen, past_key_values)
+    sinusoids = _sinusoids(distances, dim, hidden.dtype)
+    return RelativeContext(sinusoids, unseen, past_key_values, queries)
 
 
 def _sizes(cache: Any, layer_idx: int, length: int) -> tuple[Any, int]:
@@ -179,7 +182,9 @@ class RelativeAttention(nn.Module):
             bias = torch.where(context.unseen, float("-inf"), bias)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if context.cache is not None:
-            k, v = context.cache.update(k, v, self.layer_idx)
+            # Static layers of transformers 4 don't count: without positions they begin anew.
+            options = {"cache_position": context.positions}
+            k, v = context.cache.update(k, v, self.layer_idx, options)
         q = self._biased(q, self.content_bias).transpose(1, 2)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.to_out(attended.transpose(1, 2).flatten(2))

@@ -61,8 +61,11 @@ class Decoder:
             )
         self._cache: Any = dataclasses.replace(cache, lm=lm, graft=graft)
         self._mask: torch.Tensor | None = None
-        if (cache.attention_mask == 0).any():
+        is_padded = bool((cache.attention_mask == 0).any())
+        if is_padded and not static_cache and not _makes_masks(model.lang_model):
             _hide_from_reading(lm)
+        # Without a mask some models would read from a GPU how full a static cache is, to make one.
+        if is_padded or static_cache:
             # Static shapes need the tokens to come to be in the mask, hidden until they are there.
             mask = F.pad(cache.attention_mask, (0, room), value=0 if static_cache else 1)
             self._mask = repeated_rows(mask, copies)
@@ -90,12 +93,14 @@ class Decoder:
         mask = self._mask
         if mask is not None and self._is_static:
             mask.index_fill_(1, self._slot, 1)
-            self._slot.add_(1)
         elif mask is not None:
             mask = mask[:, : self._num_before + self.num_fed]
         self._cache.attention_mask = mask
         with self.model.conditioning.of(self.context):
-            hidden = self.model._hidden(tokens[:, None], None, self._cache)
+            slot = self._slot if self._is_static else None
+            hidden = self.model._hidden(tokens[:, None], None, self._cache, slot=slot)
+        if self._is_static:
+            self._slot.add_(1)
         return self.model.logits(hidden)[:, -1]
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -144,11 +149,17 @@ def copied_cache(
     return new
 
 
+def _makes_masks(lang_model: torch.nn.Module) -> bool:
+    """Whether it has code of its own for masks, as OPT has in transformers 4."""
+    return any(hasattr(each, "_update_causal_mask") for each in lang_model.modules())
+
+
 def _hide_from_reading(cache: Any) -> None:
     """Keeps transformers from asking whether there is padding, for which a GPU is waited for.
 
     It does so for each token, to leave the mask out if not, but not where a cache says that it may
-    be compiled.
+    be compiled. Not for models that make masks of their own: theirs would be as long as the
+    capacity of such a cache, which one that grows hasn't.
     """
     for layer in cache.layers:
         layer.is_compileable = True

@@ -145,6 +145,7 @@ class Flamingo(nn.Module):
         self.conditioning.attach(lang_model)
         parameters = inspect.signature(self._base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self._takes_slots = "cache_position" in parameters
         # transformers' name of it until 5.23, and ours.
         self.max_tokens = max_tokens_of(self.lang_model)
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -538,12 +539,19 @@ class Flamingo(nn.Module):
         attention_mask: torch.Tensor | None,
         cache: FlamingoCache | None,
         packed: PackedRows | None = None,
+        slot: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, L, dim): what the language model's head takes."""
+        """(B, L, dim): what the language model's head takes.
+
+        slot: (L,) int64, where in a static cache the tokens go.
+        """
         mask = attention_mask if cache is None else cache.attention_mask
         arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
         if cache is not None:
             arguments[self._cache_name] = cache.lm
+        if slot is not None and self._takes_slots:
+            # Models of transformers 4 would read from a GPU how full the cache is.
+            arguments["cache_position"] = slot
         documents = None if packed is None else packed.documents
         if packed is not None and isinstance(self.lang_model, ChinchillaLM):
             arguments["documents"] = documents

@@ -11,6 +11,7 @@ import torch
 
 from flamingo_fast.layout import document_boundaries, values_are_at_hand
 from flamingo_fast.models.chinchilla import ChinchillaLM
+from flamingo_fast.models.parts import inverts_masks
 
 # Language models of transformers that take a token's place from `position_ids` alone (MPT has
 # distances), and what it sees from the mask alone. There are others whose mask is of two dimensions
@@ -116,5 +117,7 @@ class PackedRows:
         if attention == "sdpa":
             return seen
         dtype = lang_model.get_input_embeddings().weight.dtype
+        if inverts_masks(lang_model):
+            return seen.to(dtype)
         unseen = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return unseen.masked_fill_(~seen, torch.finfo(dtype).min)

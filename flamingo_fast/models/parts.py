@@ -1,6 +1,7 @@
 """The parts of a model, made as a config says."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,6 +136,15 @@ def max_tokens_of(lang_model: Any) -> int | None:
         name.rpartition(".")[2] in _POSITION_EMBEDDINGS for name, _ in lang_model.named_modules()
     )
     return lang_model.config.max_position_embeddings if has_embeddings else None
+
+
+def inverts_masks(lang_model: Any) -> bool:
+    """Whether a mask of four dimensions is 1 where it sees and 0 elsewhere: MPT of transformers 4.
+
+    Others take bools, or what is added to scores.
+    """
+    module = sys.modules[type(getattr(lang_model, "base_model", lang_model)).__module__]
+    return hasattr(module, "_prepare_4d_causal_attention_mask")
 
 
 def check_token_ids(config: FlamingoConfig, vocab_size: int) -> None:

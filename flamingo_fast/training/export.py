@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.models.saving import aliases_of, save_pretrained
 from flamingo_fast.training.checkpoints import is_first_rank, on_first_rank
+from flamingo_fast.training.pieces import whole
 
 
 def export(model: Flamingo, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -42,17 +42,16 @@ def _whole_state(model: Flamingo, dtype: torch.dtype) -> dict[str, torch.Tensor]
     # Taken first: it puts what a forward has left gathered back into shards.
     state = model.state_dict()
     aliases = aliases_of(model)
-    whole = {}
+    by_name = {}
     for name, tensor in state.items():
         # Of tied weights the first name is enough.
         if aliases.get(name, [name])[0] != name:
             continue
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
+        tensor = whole(tensor)
         if is_first_rank():
             is_parameter = name in aliases and tensor.is_floating_point()
-            whole[name] = tensor.to("cpu", dtype if is_parameter else None)
-    return whole
+            by_name[name] = tensor.to("cpu", dtype if is_parameter else None)
+    return by_name
 
 
 @contextlib.contextmanager

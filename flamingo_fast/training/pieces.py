@@ -1,9 +1,9 @@
 """Weights whose rows are several projections, one after another, with a part of each on a rank.
 
 Rows of (q, k, v) by heads are such: a rank's local tensor is no range of the whole, but one of each
-piece. DTensor has a placement for it, `_StridedShard`, with which arithmetic and `full_tensor` are
-right; torch.distributed.checkpoint takes every local tensor for one range and writes rows to wrong
-places.
+piece. DTensor has a placement for it, `_StridedShard`, with which arithmetic is right, but
+`full_tensor` of PyTorch 2.11 refuses it, and torch.distributed.checkpoint takes every local tensor
+for one range and writes rows to wrong places.
 """
 
 from typing import Any
@@ -44,6 +44,29 @@ def _in_pieces(tensor: torch.Tensor) -> int | None:
             if not any(isinstance(each, Shard) and each.dim == placement.dim for each in after):
                 return index
     return None
+
+
+@torch.no_grad()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, on every rank; ranks must call this together. A plain tensor is whole already."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    index = _in_pieces(tensor)
+    if index is None:
+        return tensor.full_tensor()
+    # Gathered as if it were a range, the rows are each rank's pieces, rank after rank.
+    mesh, placements = tensor.device_mesh, [*tensor.placements]
+    placements[index] = Shard(0)
+    ranges = DTensor.from_local(
+        tensor.to_local(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    parts = ranges.full_tensor().unflatten(0, (mesh.size(index), pieces_of(tensor), -1))
+    return parts.transpose(0, 1).flatten(0, 2)
 
 
 def checkpointable(tensor: torch.Tensor) -> torch.Tensor:
