@@ -166,7 +166,7 @@ def table3_and_growth() -> Figure:
     left.axvline(1, color="0.5", linewidth=0.8)
     left.set_xlabel("step time over the baseline's")
     left.set_title("Table 3", fontsize=10)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper right")
 
     times: dict[str, list[tuple[int, float]]] = {}
     for row in _read("growth.csv"):
@@ -174,7 +174,8 @@ def table3_and_growth() -> Figure:
         if row["metric"] == "time" and sizes[1] == _GROWTH_TOKENS:
             times.setdefault(row["provider"], []).append((sizes[2], float(row["p50"])))
     for provider, points in times.items():
-        right.plot(*zip(*sorted(points), strict=True), marker=".", label=provider)
+        label = _PROVIDERS[provider]
+        right.plot(*zip(*sorted(points), strict=True), marker=".", label=label)
     right.set_xscale("log", base=2)
     right.set_yscale("log")
     right.xaxis.set_major_formatter("{x:g}")
@@ -186,6 +187,11 @@ def table3_and_growth() -> Figure:
 
 
 _GROWTH_TOKENS = 2048
+_PROVIDERS = {
+    "eager": "OpenFlamingo's computation",
+    "sdpa": "PyTorch's attention, dense mask",
+    "ours": "flamingo_fast",
+}
 
 
 def _read(name: str) -> list[dict[str, str]]:
