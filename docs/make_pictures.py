@@ -166,7 +166,7 @@ def table3_and_growth() -> Figure:
     left.axvline(1, color="0.5", linewidth=0.8)
     left.set_xlabel("step time over the baseline's")
     left.set_title("Table 3", fontsize=10)
-    left.legend(fontsize=8, loc="upper right")
+    left.legend(fontsize=8, loc="center right")
 
     times: dict[str, list[tuple[int, float]]] = {}
     for row in _read("growth.csv"):
