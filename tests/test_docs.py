@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import os
 import re
@@ -96,6 +97,8 @@ def test_there_are_blocks_to_run() -> None:
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_example_runs(block: str, elsewhere: Path) -> None:
+    if "patch_on_load" in block and importlib.metadata.version("transformers")[0] == "4":
+        pytest.skip("transformers 4 can't put other classes into models that it loads")
     exec(block, {})
 
 
