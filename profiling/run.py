@@ -201,10 +201,12 @@ def main(arguments: list[str]) -> int:
     given = vars(parser.parse_args(arguments))
     try:
         print(run(given.pop("target"), **given))
-    except (TargetError, SessionError, ImportError, OSError) as error:
+    except (FailedSessionError, ImportError, OSError) as error:
         print(f"profile run: {error}", file=sys.stderr)
-        is_usage = isinstance(error, (TargetError, SessionError))
-        return 2 if is_usage and not isinstance(error, FailedSessionError) else 1
+        return 1
+    except (TargetError, SessionError) as error:
+        print(f"profile run: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 from fresh_venv import ROOT
 
-from flamingo_fast.profiling import accept, accept_bench, accept_results, accept_stages, tune
+import flamingo_fast
+from flamingo_fast.profiling import (
+    accept,
+    accept_bench,
+    accept_graphs,
+    accept_results,
+    accept_stages,
+    tune,
+)
 from flamingo_fast.profiling.accept_context import Context
 from flamingo_fast.profiling.accept_report import page, text_table
 from flamingo_fast.profiling.accept_results import Check, Folder, Results, ResultsError, StageResult
@@ -59,6 +67,19 @@ def test_stages_fit_into_25_minutes() -> None:
     assert sum(stage.limit_s for stage in STAGES) < accept_stages.ALL_S == 25 * 60
     assert all(stage.limit_s <= accept_stages.LONGEST_S == 9 * 60 for stage in STAGES)
     assert STAGES[0].name == "doctor" and len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", accept_graphs.TRAINING)
+def test_the_captured_training_learns_at_each_size(device: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("transformers")
+    dim, steps = accept_graphs.TRAINING[device]
+    with flamingo_fast.use_impl("torch"):
+        training = accept_graphs.Training(dim, dtype, torch.device("cpu"))
+        losses = [training.step()[0].item() for _ in range(steps)]
+        training.restart()
+        again = [training.step()[0].item() for _ in range(steps)]
+    assert losses[-1] < 0.9 * losses[0] and again == losses
 
 
 def test_stages_are_there() -> None:

@@ -106,11 +106,13 @@ def stack_config(
 
 
 def hidden_size(lang_model: Any) -> int:
+    """Width of its hidden states."""
     config = lang_model.config
     return config.dim if isinstance(config, LanguageModelConfig) else config.hidden_size
 
 
 def vocab_size_of(lang_model: Any) -> int:
+    """Tokens that its embedding has, padding of the table among them."""
     return lang_model.get_input_embeddings().weight.shape[0]
 
 

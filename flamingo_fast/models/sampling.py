@@ -107,6 +107,7 @@ class Stops:
 
 
 def check_at_least_one(**values: int) -> None:
+    """Raises ValueError for what is no integer of at least 1, by its name."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")

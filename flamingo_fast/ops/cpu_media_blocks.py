@@ -177,6 +177,7 @@ def _blocks(
 
 
 def cut_parts(parts: Iterable[Part], length: int) -> list[Part]:
+    """The same keys in the same order, at most `length` of them in a part."""
     return [
         (medium, key, min(key + length, end))
         for medium, begin, end in parts
