@@ -26,7 +26,11 @@ from flamingo_fast.cli import app
 from flamingo_fast.training.config import TrainConfig
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/*.md", "bench/*.md", "kernels/*.md", "profiling/*.md")
+    for page in ROOT.glob(pattern)
+)
 
 # Other programs that a block may name; what they are told is not looked at.
 OTHER_PROGRAMS = {"pip", "git", "python", "torchrun"}
@@ -44,7 +48,7 @@ def blocks(language: str) -> list[Any]:
     """Of all pages, by page and number."""
     pattern = re.compile(rf"^```{language}\n(.*?)^```", re.S | re.M)
     return [
-        pytest.param(block, id=f"{page.stem}-{number}")
+        pytest.param(block, id=f"{page.relative_to(ROOT).with_suffix('')}-{number}")
         for page in PAGES
         for number, block in enumerate(pattern.findall(page.read_text()))
     ]

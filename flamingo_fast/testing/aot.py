@@ -10,6 +10,7 @@ this process are interpreted functions, which cannot be compiled.
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -285,6 +286,7 @@ def _specialization(launch: Any, target: str) -> str:
     return keys[0]
 
 
+@functools.cache  # thousands of launches are of a few dozen kernels
 def source_of(kernel: Any) -> str:
     """The code of a JITFunction and of all that it calls outside Triton, and their constants.
 
