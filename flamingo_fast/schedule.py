@@ -5,8 +5,8 @@ Made by sorted searches over the rows: nothing is read back from a GPU.
 
 import torch
 
-# The most rows of a tile of any kernel; pieces of split media are multiples of it.
-_TILE_ROWS = 32
+# The most rows of a tile of a one-medium kernel; pieces of split media are multiples of it.
+TILE_ROWS = 32
 
 
 def chunk_rows(seqlen: int) -> int:
@@ -93,7 +93,7 @@ def one_medium_schedule(
     piece = item - (cu_items - pieces)[segment]
     # Of equal size, but for whole tiles of the kernels.
     piece_rows = (end - begin + (pieces - 1)) // pieces.clamp(min=1)
-    piece_rows = (piece_rows + (_TILE_ROWS - 1)) // _TILE_ROWS * _TILE_ROWS
+    piece_rows = (piece_rows + (TILE_ROWS - 1)) // TILE_ROWS * TILE_ROWS
     item_begin = begin[segment] + piece * piece_rows[segment]
     item_end = torch.minimum(item_begin + piece_rows[segment], end[segment])
     is_split = pieces[:media_total] > 1

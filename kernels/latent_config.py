@@ -4,7 +4,13 @@ import dataclasses
 
 import torch
 
-from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
+from flamingo_fast.kernels.attention_config import (
+    AttentionConfig,
+    block,
+    fp32_config,
+    has_wide_matrix_unit,
+)
+from flamingo_fast.kernels.launch import Target, cdiv
 from flamingo_fast.kernels.tuned import tunable
 
 # Media keys of a split. A program of 64 latents also reads its queries again and writes the sums
@@ -14,18 +20,6 @@ SPLIT_KEYS = 512
 
 # Keys up to which, and programs of a medium from which on, keys are not split.
 _FEW_KEYS, _ENOUGH_PROGRAMS = 1024, 64
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentConfig:
-    """BLOCK_M counts packed query rows, BLOCK_N keys of one source."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
 
 
 def key_splits(programs_per_medium: int, num_keys: int) -> int:
@@ -38,25 +32,13 @@ def key_splits(programs_per_medium: int, num_keys: int) -> int:
     return cdiv(num_keys, SPLIT_KEYS)
 
 
-def _has_wide_matrix_unit(target: Target) -> bool:
-    """wgmma and tcgen05 read operands from shared memory; mma.sync and MFMA from registers.
-
-    There the queries, an operand of each tile, stay in registers, in two layouts.
-    """
-    return target.arch in ("sm_90", "sm_100")
-
-
 def one_pass(rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target) -> bool:
     """Whether one program of the backward holds all rows that share a key/value head.
 
     Then gradients of a tile of keys are final where they are computed, and no key is read twice.
     """
-    wide = _has_wide_matrix_unit(target) and dtype != torch.float32
+    wide = has_wide_matrix_unit(target) and dtype != torch.float32
     return head_dim <= 128 and rows_per_medium <= (128 if wide else 64)
-
-
-def _block(size: int, most: int) -> int:
-    return min(max(next_power_of_2(size), 16), most)
 
 
 # A split's keys are whole tiles of any of these.
@@ -66,22 +48,22 @@ _TUNED = dict(fixed=("BLOCK_D",), bounds={"BLOCK_M": (16, 128), "BLOCK_N": (16, 
 @tunable("latent_fwd", module="latent_forward", **_TUNED)
 def forward_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
-) -> LatentConfig:
-    block_d = _block(head_dim, 256)
+) -> AttentionConfig:
+    block_d = block(head_dim, 256)
     if dtype == torch.float32:
-        return _fp32_config(rows_per_medium, block_d)
+        return fp32_config(rows_per_medium, block_d)
     # On an H100 blocks of 64 rows that read the same keys, from its cache, are faster than of 128.
     one_block = block_d <= 128 and target.arch != "sm_90"
-    block_m = _block(rows_per_medium, 128 if one_block else 64)
+    block_m = block(rows_per_medium, 128 if one_block else 64)
     # 64 keys of 128 numbers spill where operands are in registers.
-    wide = block_d <= 64 or (block_d <= 128 and _has_wide_matrix_unit(target))
+    wide = block_d <= 64 or (block_d <= 128 and has_wide_matrix_unit(target))
     block_n = 64 if wide and target.arch != "gfx942" else 32
     num_warps = 8 if block_m > 64 or block_d > 128 else 4
     return _tuned_config(block_m, block_n, block_d, num_warps, target)
 
 
 def _refuses_backward(
-    config: LatentConfig,
+    config: AttentionConfig,
     rows_per_medium: int,
     head_dim: int,
     dtype: torch.dtype,
@@ -96,18 +78,18 @@ def _refuses_backward(
 @tunable("latent_bwd", module="latent_backward", refuses=_refuses_backward, **_TUNED)
 def backward_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, need_dkv: bool, target: Target
-) -> LatentConfig:
+) -> AttentionConfig:
     """Of the one pass, and without need_dkv of the pass for dQ."""
-    block_d = _block(head_dim, 256)
+    block_d = block(head_dim, 256)
     if dtype == torch.float32:
-        config = _fp32_config(rows_per_medium, block_d)
-        block_m = _block(rows_per_medium, 64) if need_dkv else config.BLOCK_M
+        config = fp32_config(rows_per_medium, block_d)
+        block_m = block(rows_per_medium, 64) if need_dkv else config.BLOCK_M
         return dataclasses.replace(config, BLOCK_M=block_m, BLOCK_N=16)
     if block_d > 128:
-        return _tuned_config(_block(rows_per_medium, 32), 32, block_d, 8, target)
-    if _has_wide_matrix_unit(target):
+        return _tuned_config(block(rows_per_medium, 32), 32, block_d, 8, target)
+    if has_wide_matrix_unit(target):
         alone = target.arch == "sm_90" and not need_dkv
-        block_m = _block(rows_per_medium, 64 if alone else 128)
+        block_m = block(rows_per_medium, 64 if alone else 128)
         narrow = need_dkv and block_m > 64
         few = block_m <= 64 and not (need_dkv and block_d > 64)
         config = _tuned_config(block_m, 32 if narrow else 64, block_d, 4 if few else 8, target)
@@ -119,31 +101,25 @@ def backward_config(
     elif need_dkv and block_d > 64:
         # 32 keys leave room for one warp a SIMD of a CU, which nothing hides the loads of.
         block_n = 16
-    return _tuned_config(_block(rows_per_medium, 64), block_n, block_d, num_warps, target)
+    return _tuned_config(block(rows_per_medium, 64), block_n, block_d, num_warps, target)
 
 
 @tunable("latent_dkv", module="latent_backward", **_TUNED)
 def dkv_config(
     rows_per_medium: int, head_dim: int, dtype: torch.dtype, target: Target
-) -> LatentConfig:
-    block_d = _block(head_dim, 256)
+) -> AttentionConfig:
+    block_d = block(head_dim, 256)
     if dtype == torch.float32:
-        return _fp32_config(16, block_d)
-    block_m = _block(rows_per_medium, 16 if target.arch == "gfx942" or block_d > 128 else 32)
+        return fp32_config(16, block_d)
+    block_m = block(rows_per_medium, 16 if target.arch == "gfx942" or block_d > 128 else 32)
     num_warps = 4 if target.arch == "sm_90" and block_d <= 128 else 8
     return _tuned_config(block_m, 64 if block_d <= 128 else 32, block_d, num_warps, target)
 
 
 def _tuned_config(
     block_m: int, block_n: int, block_d: int, num_warps: int, target: Target
-) -> LatentConfig:
+) -> AttentionConfig:
     num_stages = 3 if target.arch == "sm_90" else 2
     if target.arch == "gfx942" or block_d > 128:
         num_stages = 1
-    return LatentConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=255)
-
-
-def _fp32_config(rows_per_medium: int, block_d: int) -> LatentConfig:
-    block_m = _block(rows_per_medium, 32 if block_d <= 64 else 16)
-    block_n = 32 if block_d <= 128 else 16
-    return LatentConfig(block_m, block_n, block_d, num_warps=8, num_stages=1)
+    return AttentionConfig(block_m, block_n, block_d, num_warps, num_stages, max_registers=255)

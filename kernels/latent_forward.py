@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flamingo_fast.kernels.attention_config import lse_shape
 from flamingo_fast.kernels.latent_config import SPLIT_KEYS, forward_config, key_splits
 from flamingo_fast.kernels.latent_rows import (
     contiguous_rows,
@@ -21,11 +22,7 @@ from flamingo_fast.kernels.latent_rows import (
 from flamingo_fast.kernels.launch import cdiv, launch, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
-from flamingo_fast.kernels.several_media_forward import (
-    _store_rows,
-    combine_splits,
-    lse_shape,
-)
+from flamingo_fast.kernels.several_media_forward import _store_rows, combine_splits
 
 
 @triton.jit

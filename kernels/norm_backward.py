@@ -7,7 +7,6 @@ a second kernel reads its inputs again, by columns. The sum for a scalar gate ne
 """
 
 import dataclasses
-import functools
 
 import torch
 import triton
@@ -28,17 +27,12 @@ from flamingo_fast.kernels.tanh import tanh
 from flamingo_fast.kernels.tuned import tunable
 
 
-@functools.cache
-def backward_config(width: int) -> NormConfig:
+@tunable("norm_bwd", module="norm_backward", **TUNED)
+def backward_config(width: int, dtype: torch.dtype, target: Target) -> NormConfig:
     """As many programs as an SM holds, at most two: each adds a row of fp32 partials both ways."""
     block_n = next_power_of_2(width)
     num_warps = 8 if block_n <= 2048 else 16
     return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 16 // num_warps)
-
-
-@tunable("norm_bwd", module="norm_backward", **TUNED)
-def _config(width: int, dtype: torch.dtype, target: Target) -> NormConfig:
-    return backward_config(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +355,7 @@ def _backward(
         by_columns = {**wanted, "gate": wanted["gate"] if vector_gate else None}
         # The columns kernel reads dx for a vector gate.
         need_dx = need_dx or by_columns["gate"] is not None
-    config = _config(view.width, x.dtype, target)
+    config = backward_config(view.width, x.dtype, target)
     programs = config.programs(view.rows, target)
     partials = Partials(x, programs, view.width, **by_rows)
     dx = torch.empty(x.shape if need_dx else (0,), dtype=x.dtype, device=x.device)

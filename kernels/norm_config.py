@@ -16,7 +16,7 @@ MAX_REGISTERS = 128
 
 @dataclasses.dataclass(frozen=True)
 class NormConfig:
-    """Depends on the width alone, so that a row's result does not depend on the rows beside it."""
+    """Never depends on the number of rows: a row's result must not on the rows beside it."""
 
     BLOCK_M: int
     BLOCK_N: int

@@ -4,8 +4,6 @@ residual = x + tanh(gate) * y; normed = norm(residual) * weight + bias. A gated 
 y and writes residual and normed; a plain one reads x and writes normed.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -23,17 +21,12 @@ from flamingo_fast.kernels.tanh import tanh
 from flamingo_fast.kernels.tuned import tunable
 
 
-@functools.cache
-def forward_config(width: int) -> NormConfig:
+@tunable("norm_fwd", module="norm_forward", **TUNED)
+def forward_config(width: int, dtype: torch.dtype, target: Target) -> NormConfig:
     block_n = next_power_of_2(width)
     num_warps = {4096: 8, 8192: 16, 16384: 16}.get(block_n, 4)
     # As many programs as registers leave room for on an SM.
     return NormConfig(max(2048 // block_n, 1), block_n, num_warps, 24 // num_warps)
-
-
-@tunable("norm_fwd", module="norm_forward", **TUNED)
-def _config(width: int, dtype: torch.dtype, target: Target) -> NormConfig:
-    return forward_config(width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -151,7 +144,7 @@ def _forward(
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty((0,) if rms else x.shape[:-1], dtype=torch.float32, device=x.device)
     target = target_of(x)
-    config = _config(width, x.dtype, target)
+    config = forward_config(width, x.dtype, target)
     launch(
         _norm_fwd_kernel,
         (config.programs(rows, target),),

@@ -4,11 +4,10 @@ import dataclasses
 
 import torch
 
+from flamingo_fast.kernels.attention_config import has_wide_matrix_unit
 from flamingo_fast.kernels.launch import Target, next_power_of_2
 from flamingo_fast.kernels.tuned import tunable
-
-# Pieces of a medium that is split are multiples of so many rows.
-_MOST_ROWS = 32
+from flamingo_fast.schedule import TILE_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +32,7 @@ def _block_m(rows: float) -> int:
 
     From shapes: the rows that a medium really has are on the GPU, and nobody waits to read them.
     """
-    return 32 if rows > 24 else 16
-
-
-def _has_wide_matrix_unit(target: Target) -> bool:
-    """wgmma and tcgen05 read operands from shared memory; mma.sync and MFMA from registers."""
-    return target.arch in ("sm_90", "sm_100")
+    return TILE_ROWS if rows > 24 else 16
 
 
 def _refuses(config: OneMediumConfig, *arguments: object) -> str | None:
@@ -50,7 +44,7 @@ def _refuses(config: OneMediumConfig, *arguments: object) -> str | None:
 
 
 _FIXED = ("BLOCK_R", "BLOCK_D")
-_TUNED = dict(bounds={"BLOCK_M": (16, _MOST_ROWS)}, refuses=_refuses)
+_TUNED = dict(bounds={"BLOCK_M": (16, TILE_ROWS)}, refuses=_refuses)
 
 
 @tunable(
@@ -100,7 +94,7 @@ def backward_config(
     if dtype == torch.float32:
         return OneMediumConfig(16, block_r, block_d, False, num_warps=8, num_stages=1)
     block_m = _block_m(rows_per_medium)
-    wide = _has_wide_matrix_unit(target)
+    wide = has_wide_matrix_unit(target)
     if block_d > 128 or (block_r * block_d > 64 * 64 and not wide):
         block_m = 16  # 32 rows spill
     num_warps = 4 if block_r * block_d <= 64 * 128 else 8

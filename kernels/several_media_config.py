@@ -5,7 +5,13 @@ import functools
 
 import torch
 
-from flamingo_fast.kernels.launch import Target, cdiv, next_power_of_2
+from flamingo_fast.kernels.attention_config import (
+    AttentionConfig,
+    block,
+    fp32_config,
+    has_wide_matrix_unit,
+)
+from flamingo_fast.kernels.launch import Target, cdiv
 from flamingo_fast.kernels.tuned import tunable
 
 # Keys of a split, at least. A program also reads its queries again, and writes the sums that are
@@ -14,18 +20,6 @@ _SPLIT_KEYS, _SPLIT_KEYS_OF_A_ROW = 1024, 16
 
 # Programs of a sample from which on its keys are not split.
 _ENOUGH_PROGRAMS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class SeveralMediaConfig:
-    """BLOCK_M counts packed query rows, BLOCK_N keys of one medium."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +49,9 @@ def tiles_cross_media(num_keys: int, block_n: int) -> bool:
     return num_keys % block_n != 0 and num_keys < 4 * block_n
 
 
-def _block(size: int, most: int) -> int:
-    return min(max(next_power_of_2(size), 16), most)
-
-
 def _rows_class(rows: int) -> int:
     """What is tuned alike: up to 16 rows, 32, 64, and more."""
-    return _block(rows, 128)
+    return block(rows, 128)
 
 
 # A split's keys are whole tiles of any of these.
@@ -75,11 +65,11 @@ _TUNED = dict(
 @tunable("several_media_fwd", module="several_media_forward", **_TUNED)
 def forward_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
-) -> SeveralMediaConfig:
-    block_d = _block(head_dim, 256)
+) -> AttentionConfig:
+    block_d = block(head_dim, 256)
     if dtype == torch.float32:
-        return _fp32_config(rows_per_sample, block_d)
-    block_m = _block(rows_per_sample, 128 if block_d <= 128 else 64)
+        return fp32_config(rows_per_sample, block_d)
+    block_m = block(rows_per_sample, 128 if block_d <= 128 else 64)
     # 64 keys beside 128 rows of 128 numbers spill but where accumulators serve four warps at once.
     wide = block_d <= 64 or (block_d <= 128 and target.arch == "sm_90") or block_m == 16
     block_n = 64 if wide else 32
@@ -90,34 +80,34 @@ def forward_config(
 @tunable("several_media_dq", module="several_media_backward", **_TUNED)
 def dq_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
-) -> SeveralMediaConfig:
-    block_d = _block(head_dim, 256)
+) -> AttentionConfig:
+    block_d = block(head_dim, 256)
     if dtype == torch.float32:
-        return _fp32_config(rows_per_sample, block_d)
-    wide = block_d <= 64 or (block_d <= 128 and target.arch in ("sm_90", "sm_100"))
-    block_m = _block(rows_per_sample, 128 if wide else 64)
+        return fp32_config(rows_per_sample, block_d)
+    wide = block_d <= 64 or (block_d <= 128 and has_wide_matrix_unit(target))
+    block_m = block(rows_per_sample, 128 if wide else 64)
     return _tuned_config(block_m, 32, block_d, tiles_cross_media(num_keys, 32), target)
 
 
 @tunable("several_media_dkv", module="several_media_backward", **_TUNED)
 def dkv_config(
     rows_per_sample: int, num_keys: int, head_dim: int, dtype: torch.dtype, target: Target
-) -> SeveralMediaConfig:
-    block_d = _block(head_dim, 256)
+) -> AttentionConfig:
+    block_d = block(head_dim, 256)
     if dtype == torch.float32:
-        return _fp32_config(16, block_d)
+        return fp32_config(16, block_d)
     block_n = 64 if block_d <= 128 else 32
     cross_media = tiles_cross_media(num_keys, block_n)
     # A mask for each score takes registers, and fewer keys would read rows more often.
     most_rows = 16 if target.arch == "gfx942" or cross_media else 32
-    return _tuned_config(_block(rows_per_sample, most_rows), block_n, block_d, cross_media, target)
+    return _tuned_config(block(rows_per_sample, most_rows), block_n, block_d, cross_media, target)
 
 
 def _tuned_config(
     block_m: int, block_n: int, block_d: int, cross_media: bool, target: Target
-) -> SeveralMediaConfig:
+) -> AttentionConfig:
     one_stage = target.arch == "gfx942" or block_d > 128 or cross_media
-    return SeveralMediaConfig(
+    return AttentionConfig(
         block_m,
         block_n,
         block_d,
@@ -125,9 +115,3 @@ def _tuned_config(
         num_stages=1 if one_stage else 2,
         max_registers=255,
     )
-
-
-def _fp32_config(rows_per_sample: int, block_d: int) -> SeveralMediaConfig:
-    block_m = _block(rows_per_sample, 32 if block_d <= 64 else 16)
-    block_n = 32 if block_d <= 128 else 16
-    return SeveralMediaConfig(block_m, block_n, block_d, num_warps=8, num_stages=1)

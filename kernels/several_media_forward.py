@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flamingo_fast.kernels.attention_config import lse_shape
 from flamingo_fast.kernels.launch import cdiv, launch, next_power_of_2, target_of
 from flamingo_fast.kernels.one_medium_forward import LOG2_E
 from flamingo_fast.kernels.one_medium_rows import last_dim_contiguous
@@ -401,8 +402,3 @@ def combine_splits(
         BLOCK_D=block_d,
         num_warps=4,
     )
-
-
-def lse_shape(q: torch.Tensor, kv_heads: int) -> tuple[int, ...]:
-    batch, seqlen, heads, _ = q.shape
-    return (2 if q.dtype == torch.float32 else 1, kv_heads, batch, seqlen, heads // kv_heads)

@@ -143,13 +143,15 @@ def tunable(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a heuristic a function that looks into the tuned file first; see `Tunable`.
 
-    No argument may be the size of a batch: a row's result must not depend on what is beside it.
+    No argument of a forward's may follow from the batch: a row's result must not depend on what is
+    beside it. That of the one-medium backward has the batch's mean of rows a medium.
     """
 
     def decorate(heuristic: Callable[..., Any]) -> Callable[..., Any]:
         one = Tunable(op, heuristic, module, fixed, bounds, classes, refuses)
 
-        @functools.cache
+        # Bounded: a batch's mean may be another number each time.
+        @functools.lru_cache(maxsize=8192)
         @functools.wraps(heuristic)
         def config(*arguments: Any) -> Any:
             return one.choose(arguments)

@@ -24,7 +24,8 @@ from tuned_cases import (
 )
 
 from flamingo_fast.kernels import launch, tuned
-from flamingo_fast.kernels.latent_config import LatentConfig, backward_config
+from flamingo_fast.kernels.attention_config import AttentionConfig
+from flamingo_fast.kernels.latent_config import backward_config
 from flamingo_fast.kernels.launch import INTERPRETER, Target, recording
 from flamingo_fast.kernels.one_medium_config import OneMediumConfig, forward_config
 from flamingo_fast.profiling import tune_search
@@ -296,7 +297,7 @@ def test_configurations_that_are_wrong_for_the_kernel_are_refused():
     assert one.problem(stage, request_for()) == "num_stages: 1 is wrong on sm_90"
     assert one.problem(stage, request_for(Target("sm_80", 108, "A100"))) is None
     one = tuned.TUNABLES["latent_bwd"]
-    few_rows = LatentConfig(16, 32, 64, 4, 2)
+    few_rows = AttentionConfig(16, 32, 64, 4, 2)
     request = one.request((64, 64, BF16, True, GPU))
     assert "at least the 64 rows" in one.problem(few_rows, request)
     assert one.problem(few_rows, one.request((64, 64, BF16, False, GPU))) is None

@@ -67,7 +67,7 @@ def test_gated_residual_norm_forward(shape, norm):
     _assert_dram_bytes(launches, formula.loaded, formula.stored)
     elements, parameters = 2 * 2 * shape[0] * shape[1], 1 if norm == "rms" else 2
     _assert_within_2_percent("stored", launches[0].bytes_stored, elements)
-    config = forward_config(shape[1])
+    config = forward_config(shape[1], BF16, INTERPRETER)
     programs = config.programs(shape[0], INTERPRETER)
     readings = programs if config.keep_parameters else shape[0]
     parameter_bytes = 2 * (readings * parameters * shape[1] + programs)
@@ -82,7 +82,7 @@ def test_gated_residual_norm_backward_in_one_pass(shape, norm):
     launches = _run(_gated_norm(norm), shape, PARAMETERS[norm], backward=True)
     assert [each.kernel for each in launches] == ["_norm_bwd_kernel", "_sum_partials_kernel"]
     rows_of_sums = 1 if norm == "rms" else 2
-    programs = backward_config(shape[1]).programs(shape[0], INTERPRETER)
+    programs = backward_config(shape[1], BF16, INTERPRETER).programs(shape[0], INTERPRETER)
     partials = programs * (rows_of_sums * shape[1] + 1) * 4
     _assert_dram_bytes(launches, formula.loaded + partials, formula.stored + partials)
 

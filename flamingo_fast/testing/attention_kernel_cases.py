@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from flamingo_fast.kernels.attention_config import lse_shape
 from flamingo_fast.kernels.one_medium_backward import one_medium_bwd
 from flamingo_fast.kernels.one_medium_forward import one_medium_fwd
 from flamingo_fast.kernels.several_media_backward import several_media_bwd
-from flamingo_fast.kernels.several_media_forward import lse_shape, several_media_fwd
+from flamingo_fast.kernels.several_media_forward import several_media_fwd
 from flamingo_fast.testing.aot import KernelCase, Rules
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
+from flamingo_fast.kernels.attention_config import lse_shape
 from flamingo_fast.kernels.latent_backward import latent_bwd
 from flamingo_fast.kernels.latent_forward import latent_fwd
-from flamingo_fast.kernels.several_media_forward import lse_shape
 from flamingo_fast.testing.aot import KernelCase, Rules
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
