@@ -198,6 +198,8 @@ def gated_residual_bwd(
     vector_gate = gate.numel() > 1
     need_dgate = y is not None
     dy = torch.empty(dout.shape if need_dy else (0,), dtype=y_dtype, device=dout.device)
+    if not need_dy and not need_dgate:
+        return dy, dout.new_empty(0, dtype=torch.float32)
     tiling = _tile(vector_gate, dout, dout if y is None else y)
     config = config_for(tiling.width)
     col_blocks = cdiv(tiling.width, config.BLOCK_N)

@@ -188,7 +188,7 @@ def one_medium_fwd(
     config = forward_config(seqlen * group, num_keys, head_dim, q.dtype, target_of(q))
     launch(
         _one_medium_fwd_kernel,
-        (work_items.shape[0] * kv_heads if q.numel() else 0,),
+        (work_items.shape[0] * kv_heads,),
         q,
         k,
         v,

@@ -13,6 +13,7 @@ from flamingo_fast.bench import work
 from flamingo_fast.kernels.launch import INTERPRETER
 from flamingo_fast.kernels.norm_backward import backward_config
 from flamingo_fast.kernels.norm_forward import forward_config
+from flamingo_fast.ops.gated_residual import gated_residual_backward_op
 from flamingo_fast.testing.guard import LaunchRecord, guard
 
 pytestmark = pytest.mark.matrix
@@ -122,6 +123,19 @@ def test_gated_residual(shape):
         launches = _run(function, shape, "x y gate", backward)
         _assert_dram_bytes(launches, formula.loaded, formula.stored)
         assert len(launches) == 1 + backward
+
+
+def test_a_residual_whose_y_and_gate_are_frozen():
+    """Its gradient is the one that comes in."""
+    x, y = torch.randn(61, 333, requires_grad=True), torch.randn(61, 333)
+    residual, _ = _gated_norm("layer")(x, y, torch.ones(1), torch.ones(333))
+    dout = torch.randn(61, 333)
+    with guard() as guarded:
+        (dx,) = torch.autograd.grad(residual, x, dout)
+        dy, dgate = gated_residual_backward_op(dout, None, torch.ones(1), BF16, False, "triton")
+    assert guarded.launches == []
+    assert torch.equal(dx, dout)
+    assert dy.numel() == dgate.numel() == 0
 
 
 def test_squared_relu():

@@ -258,7 +258,7 @@ class _GatedResidualNormFn(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         residual, y, gate, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
-        need_dx, need_dy, _, need_dweight, need_dbias = needs
+        need_dx, need_dy, need_dgate, need_dweight, need_dbias = needs
         if dnormed is not None:
             gradients = _gated_backward_op(
                 dresidual,
@@ -278,15 +278,18 @@ class _GatedResidualNormFn(torch.autograd.Function):
                 need_dbias,
                 ctx.impl,
             )
-        elif dresidual is not None:
+            return *_only(needs, gradients), None, None, None, None
+        dy, dgate = None, None
+        if dresidual is not None and (need_dy or need_dgate):
             dy, dgate = gated_residual_backward_op(
                 dresidual, y, gate, ctx.y_dtype, need_dy, ctx.impl
             )
-            needs = (need_dx, need_dy, needs[2], False, False)
-            gradients = dresidual, dy, dgate, dgate, dgate
-        else:
-            return (None,) * 9
-        return *_only(needs, gradients), None, None, None, None
+        return (
+            dresidual if need_dx else None,
+            dy if need_dy else None,
+            dgate if need_dgate else None,
+            *[None] * 6,
+        )
 
 
 def _normed_dtype(x: torch.Tensor) -> torch.dtype:
