@@ -182,6 +182,16 @@ def test_last(attend, num_tokens):
         assert_schedule(last)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_narrow_integers(dtype):
+    wide = torch.tensor([0, 3, 5]), torch.tensor([1, 0])
+    layouts = [
+        MediaLayout.packed(locations_of("..i.i"), cu_seqlens, 1, media_seqlens=seqlens)
+        for cu_seqlens, seqlens in (wide, [each.to(dtype) for each in wide])
+    ]
+    assert layouts[0] == layouts[1]
+
+
 def test_cat_along_the_batch():
     one = MediaLayout.from_media_locations(locations_of("..i.i"), 2)
     two = MediaLayout.from_media_locations(locations_of("i....", "....."), [1, 3])

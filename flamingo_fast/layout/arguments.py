@@ -179,4 +179,7 @@ def holds_integers(tensor: torch.Tensor) -> bool:
 def to_int32(values: torch.Tensor) -> torch.Tensor:
     """A copy; what does not fit stays wrong, or long, instead of wrapping."""
     limits = torch.iinfo(torch.int32)
-    return values.clamp(limits.min, limits.max).to(torch.int32, copy=True)
+    # Limits that a narrow dtype can't hold are an error.
+    if torch.iinfo(values.dtype).max > limits.max:
+        values = values.clamp(limits.min, limits.max)
+    return values.to(torch.int32, copy=True)
