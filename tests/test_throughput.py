@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,6 +143,17 @@ def test_a_known_gpus_peak_is_its_data_sheets(monkeypatch):
     assert peak_flops(torch.device("cuda"), torch.float32) == 67e12
     names = [name for gpu in GPUS for name in gpu.device_names]
     assert len(names) == len(set(names))
+
+
+def test_precisions_that_the_old_flag_has_no_name_for():
+    """PyTorch raises where `allow_tf32` is read after this."""
+    script = (
+        "import torch\n"
+        "torch.backends.fp32_precision = 'tf32'\n"
+        "from flamingo_fast.training.throughput import peak_flops\n"
+        "assert peak_flops(torch.device('cpu'), torch.float32) > 0\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_a_cpus_peak_is_measured_once_and_draws_no_random_numbers():

@@ -155,7 +155,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if dtype not in _DTYPE_NAMES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
-    uses_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    uses_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if device.type == "cuda" and not uses_tf32:
         name = torch.cuda.get_device_name(device)
         for gpu in GPUS:
