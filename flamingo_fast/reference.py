@@ -1,7 +1,8 @@
 """What each op means, in plain PyTorch: the oracles of the tests and impl="reference".
 
+Arguments are those of the ops of the same names, and are not checked; k and v have 4 dimensions.
 Every function computes in fp32 (fp64 for fp64 inputs), rounds once an output and returns contiguous
-tensors. Nothing here imports Triton.
+tensors, by default of x's dtype. Nothing here imports Triton.
 """
 
 import torch
@@ -72,9 +73,12 @@ def gated_residual_norm(
     norm: str,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(residual, norm(residual)), the residual rounded to x's dtype before it is normalised."""
+    """(residual, norm(residual)), the residual rounded to x's dtype before it is normalised.
+
+    `norm` is "layer" or "rms"; of normed alone the dtype is out_dtype, by default x's.
+    """
+    normalise = {"layer": layer_norm, "rms": rms_norm}[norm]
     residual = gated_residual(x, y, gate)
-    normalise = rms_norm if norm == "rms" else layer_norm
     return residual, normalise(residual, weight, bias, eps, out_dtype)
 
 
@@ -105,8 +109,14 @@ def masked_cross_attention(
     scores = torch.einsum("blhgd,bshd->bhgls", wide_q, keys) * softmax_scale
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1) * mask
-    for choice, rows in ((unattended, before), (past_last, rows_past_last)):
-        if choice == "uniform":
+    # Looked up: another name would be "zero", silently.
+    before_is_uniform = {"zero": False, "dense": False, "uniform": True}[unattended]
+    past_last_is_uniform = {"zero": False, "uniform": True}[past_last]
+    for is_uniform, rows in (
+        (before_is_uniform, before),
+        (past_last_is_uniform, rows_past_last),
+    ):
+        if is_uniform:
             mean = valid.to(scores.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
             weights = torch.where(rows[:, None, None, :, None], mean[:, None, None, None], weights)
     out = torch.einsum("bhgls,bshd->blhgd", weights.to(values.dtype), values)

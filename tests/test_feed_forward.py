@@ -161,6 +161,20 @@ def test_autocast():
         assert error <= 2 * (limit + 2**-8 * oracle[name].square().mean().sqrt()), name
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_autocast_leaves_fp64(impl):
+    inputs = {
+        name: tensor.double() for name, tensor in inputs_of("none").items() if tensor is not None
+    }
+    arguments = (*inputs.values(), None, None)
+    expected = ours(*arguments, impl=impl)
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(ours(*arguments, impl=impl), expected)
+        assert plain(*arguments).dtype == expected.dtype
+        with pytest.raises(TypeError, match="weight_up: expected x's dtype torch.float64, got"):
+            ours(arguments[0], arguments[1].float(), *arguments[2:], impl=impl)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_compiled(gate):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -201,9 +215,17 @@ def test_few_rows(rows):
         ({"weight_up": None}, TypeError, "weight_up: expected a tensor"),
         ({"bias_up": torch.ones(12)}, ValueError, r"bias_up: expected shape \(20,\)"),
         ({"bias_down": torch.ones(20)}, ValueError, r"bias_down: expected shape \(12,\)"),
-        ({"gate": torch.ones(11)}, ValueError, r"gate: expected shape \(1,\) or \(12,\)"),
+        (
+            {"gate": torch.ones(11)},
+            ValueError,
+            r"gate: expected shape \(1,\) or \(12,\) for residual of shape \(2, 9, 12\);",
+        ),
         ({"gate": None}, ValueError, "residual, gate: expected both or neither"),
-        ({"residual": torch.ones(2, 9, 11)}, ValueError, r"residual: expected .*\(2, 9, 12\)"),
+        (
+            {"weight_down": torch.ones(5, 20), "bias_down": None},
+            ValueError,
+            r"residual: expected shape \(2, 9, 5\) for x of shape \(2, 9, 12\); got \(2, 9, 12\)",
+        ),
         ({"weight_up": torch.ones(20, 12, dtype=BF16)}, TypeError, "weight_up: expected x's dtype"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

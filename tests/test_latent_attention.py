@@ -42,6 +42,7 @@ SHAPES = {
     "mqa": LatentCase(heads=3, kv_heads=1),
     "many_features": LatentCase(batch=1, latents=4, features=300),
     "lengths": LatentCase(media_seqlens=(4, 11, 1)),
+    "lengths_beyond_int32": LatentCase(media_seqlens=(2**31, -(2**63), 2**63 - 1)),
     "lengths_none_and_too_long": LatentCase(media_seqlens=(0, 7, 90)),
     "equal_lengths": LatentCase(batch=4, media_seqlens=(5, 5, 5, 2)),
     "lengths_gqa": LatentCase(heads=4, kv_heads=2, media_seqlens=(3, 0, 11)),

@@ -379,6 +379,14 @@ def test_learnt_rows_of_fp32_beside_a_frozen_weight_of_bf16(impl):
     assert found["dextra_weight"].dtype == FP32
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_default_device_is_not_that_of_numbers(impl):
+    inputs = extra((5, 6), 2)
+    expected = linear_cross_entropy(**inputs, impl=impl)
+    with torch.device("meta"):
+        assert torch.equal(linear_cross_entropy(**inputs, impl=impl), expected)
+
+
 def test_an_impl_of_other_ops_leaves_it_alone():
     inputs, labels = inputs_of(), labels_of()
     expected = ours(*inputs.values(), labels=labels)
@@ -392,11 +400,11 @@ def test_an_impl_of_other_ops_leaves_it_alone():
         (tensors(hidden=[1.0]), TypeError, "hidden: expected a tensor, got list"),
         (tensors(hidden=torch.tensor(1.0)), ValueError, "hidden: expected shape"),
         (tensors(weight=None), TypeError, "weight: expected a tensor"),
-        (tensors(weight=torch.ones(5, 4)), ValueError, r"weight: expected shape \(5, 3\)"),
+        (tensors(weight=torch.ones(5, 4)), ValueError, r"weight: .*\(5, 3\) for hidden of shape"),
         (tensors(weight=torch.ones(3)), ValueError, "weight: expected shape"),
         (tensors(weight=torch.ones(0, 3)), ValueError, "weight: expected at least one row"),
         (tensors(weight=torch.ones(5, 3).double()), TypeError, "weight: expected hidden's dtype"),
-        (tensors(bias=torch.ones(3)), ValueError, r"bias: expected shape \(5,\)"),
+        (tensors(bias=torch.ones(3)), ValueError, r"bias: expected shape \(5,\) for hidden of"),
         (tensors(bias=torch.ones(5).double()), TypeError, "bias: expected hidden's dtype"),
         (tensors(labels=torch.zeros(4)), TypeError, "labels: expected integers"),
         (tensors(labels=torch.zeros(3).long()), ValueError, r"labels: expected shape \(4,\)"),
@@ -414,6 +422,11 @@ def test_an_impl_of_other_ops_leaves_it_alone():
         (extra(torch.tensor([6])), ValueError, "extra_ids: expected those from"),
         (extra(torch.tensor([1.0])), TypeError, "extra_ids: expected integers"),
         (extra((1.0,)), TypeError, "extra_ids: expected an int, got 1.0"),
+        (
+            tensors(extra_weight=torch.ones(1, 3), extra_ids=5),
+            TypeError,
+            "extra_ids: expected a tensor or numbers, got 5",
+        ),
         (extra((1,), 2), ValueError, "extra_ids: expected 2 numbers, got 1"),
         (extra(torch.tensor([1]), 2), ValueError, r"extra_ids: expected shape \(2,\)"),
         (extra((), 0), ValueError, "extra_weight: expected 1 to 4 rows"),
@@ -421,7 +434,7 @@ def test_an_impl_of_other_ops_leaves_it_alone():
         (
             tensors(extra_weight=torch.ones(1, 4), extra_ids=(1,)),
             ValueError,
-            r"extra_weight: expected shape \(1, 3\)",
+            r"extra_weight: expected shape \(1, 3\) for hidden of shape",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flamingo_fast as ff
+from flamingo_fast import reference
 from flamingo_fast.kernels.launch import Target, recording
 from flamingo_fast.modules import GatedResidualNorm, LayerNorm, RMSNorm
+from flamingo_fast.ops.dispatch import choose_impl
 
 X = torch.randn(4, 8)
 GATE, WEIGHT = torch.zeros(1), torch.ones(8)
@@ -350,6 +353,27 @@ def test_libraries_that_cannot_take_the_arguments(arguments, words, impl):
 )
 def test_errors_of_layouts(call, error, words):
     _assert_raises(call, error, words)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: reference.gated_residual_norm(X, X, GATE, None, None, 1e-5, "RMS"),
+        lambda: reference.masked_cross_attention(Q, K, K, LAYOUT, "typo", "zero", 1.0),
+        lambda: reference.masked_cross_attention(Q, K, K, LAYOUT, "zero", "dense", 1.0),
+    ],
+    ids=["norm", "unattended", "past_last"],
+)
+def test_a_reference_takes_no_name_for_another(call):
+    with pytest.raises(KeyError):
+        call()
+
+
+def test_auto_is_an_implementation_that_the_op_has():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = torch.empty(1, device="cuda")
+    assert choose_impl("auto", on_gpu) == "triton"
+    assert choose_impl("auto", on_gpu, known=("auto", "torch", "reference")) == "torch"
 
 
 def test_use_impl_sdpa_is_of_attention_only(monkeypatch):

@@ -15,15 +15,12 @@ from torch import nn
 
 from flamingo_fast.modules.media_layouts import layout_for
 from flamingo_fast.ops.attention_gradients import unbind_kv
+from flamingo_fast.ops.dispatch import autocast_dtype
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.latent_attention import latent_attention
 from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.ops.norm import gated_residual_norm, layer_norm, rms_norm
 from flamingo_fast.ops.squared_relu import squared_relu
-
-
-def _in_autocast(x: torch.Tensor) -> bool:
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 class LayerNorm(nn.Module):
@@ -39,7 +36,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Under autocast the op returns autocast's dtype, and PyTorch's fp32.
-        if len(self.normalized_shape) != 1 or _in_autocast(input):
+        if len(self.normalized_shape) != 1 or autocast_dtype(input) is not None:
             return F.layer_norm(
                 input, list(self.normalized_shape), self.weight, self.bias, self.eps
             )
@@ -57,7 +54,7 @@ class RMSNorm(nn.Module):
     eps: float | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.normalized_shape) != 1 or _in_autocast(x):
+        if len(self.normalized_shape) != 1 or autocast_dtype(x) is not None:
             return F.rms_norm(x, list(self.normalized_shape), self.weight, self.eps)
         # PyTorch's default is that of the dtype it computes in.
         computed_in = torch.promote_types(x.dtype, torch.float32)

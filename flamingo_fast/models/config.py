@@ -17,7 +17,9 @@ from flamingo_fast.models.fields import (
     one_of,
     positive,
 )
+from flamingo_fast.ops.feed_forward import ACTIVATIONS
 from flamingo_fast.ops.masked_cross_attention import PAST_LAST, UNATTENDED
+from flamingo_fast.ops.norm import NORMS
 
 RESAMPLERS = ("perceiver", "mlp", "transformer")
 CONDITIONINGS = ("gated_xattn_dense", "vanilla_xattn", "grafting")
@@ -25,8 +27,6 @@ LANGUAGE_MODELS = ("chinchilla", "huggingface")
 OPTIMISATIONS = ("accumulation", "round_robin")
 SINGLE_IN_MIDDLE = "single_in_middle"
 DATASETS = ("m3w", "align", "ltip", "vtp", "laion")
-ACTIVATIONS = ("gelu", "squared_relu")
-NORMS = ("layer", "rms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ConditioningConfig:
     """How the language model sees the media.
 
     Attributes:
-        kind: "gated_xattn_dense": a gated block before a layer (section 2.3). "vanilla_xattn":
+        kind: "gated_xattn_dense": a gated block before a layer (section 2.2). "vanilla_xattn":
             cross-attention between a layer's self-attention and its feed-forward. "grafting": a
             stack of layers of self-attention and gated blocks on the whole language model (both of
             row iv of table 3, and section 4.4.2 of v1).

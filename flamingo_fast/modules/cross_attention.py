@@ -13,9 +13,10 @@ from torch import nn
 
 from flamingo_fast.layout import ATTEND, MediaLayout
 from flamingo_fast.modules.media_layouts import layout_for
-from flamingo_fast.modules.options import check_dims, check_heads, make_norm, one_of, op_impl
+from flamingo_fast.modules.options import check_dims, check_heads, make_norm, op_impl
 from flamingo_fast.modules.plain import is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
+from flamingo_fast.ops.checks import one_of
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, check_impl
 from flamingo_fast.ops.masked_cross_attention import (
     PAST_LAST,

@@ -9,8 +9,9 @@ from flamingo_fast.modules.activation import SquaredReLU
 from flamingo_fast.modules.norm import LayerNorm, RMSNorm
 from flamingo_fast.modules.options import check_dims, make_norm
 from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.ops.checks import one_of
 from flamingo_fast.ops.dispatch import check_impl
-from flamingo_fast.ops.feed_forward import check_activation, feed_forward
+from flamingo_fast.ops.feed_forward import ACTIVATIONS, feed_forward
 from flamingo_fast.ops.gated_residual import gated_residual
 
 
@@ -57,7 +58,9 @@ class FeedForward(nn.Sequential):
         super().__init__(
             make_norm(norm, dim, impl),
             nn.Linear(dim, hidden, bias=bias),
-            nn.GELU() if check_activation(activation) == "gelu" else SquaredReLU(impl=impl),
+            nn.GELU()
+            if one_of("activation", activation, ACTIVATIONS) == "gelu"
+            else SquaredReLU(impl=impl),
             nn.Linear(hidden, dim, bias=bias),
         )
         self.impl = check_impl(impl)

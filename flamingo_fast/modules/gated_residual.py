@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from flamingo_fast.ops.checks import one_of
 from flamingo_fast.ops.dispatch import check_impl
 from flamingo_fast.ops.gated_residual import gated_residual
-from flamingo_fast.ops.norm import check_norm_name, gated_residual_norm
+from flamingo_fast.ops.norm import NORMS, gated_residual_norm
 
 
 class GatedResidual(nn.Module):
@@ -57,7 +58,7 @@ class GatedResidualNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         has_bias = norm == "layer" if bias is None else bias
         self.bias = nn.Parameter(torch.zeros(dim)) if has_bias else None
-        self.norm = check_norm_name(norm)
+        self.norm = one_of("norm", norm, NORMS)
         self.eps = eps
         self.impl = check_impl(impl)
 

@@ -55,8 +55,8 @@ class RMSNorm(nn.RMSNorm):
     def _eps_of(self, x: torch.Tensor) -> float:
         check_floating("x", x)
         # Not x's own dtype: torch.nn.RMSNorm too takes the epsilon of what it computes in.
-        default = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.finfo(default).eps if self.eps is None else self.eps
+        computed_in = torch.promote_types(x.dtype, torch.float32)
+        return torch.finfo(computed_in).eps if self.eps is None else self.eps
 
 
 def without_parameters(norm: TorchLayerNorm | RMSNorm, x: torch.Tensor) -> torch.Tensor:

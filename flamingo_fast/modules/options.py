@@ -1,8 +1,9 @@
 """What constructors of modules check and make of their arguments."""
 
 from flamingo_fast.modules.norm import LayerNorm, RMSNorm
+from flamingo_fast.ops.checks import one_of
 from flamingo_fast.ops.dispatch import ATTENTION_IMPLS, IMPLS, check_impl
-from flamingo_fast.ops.norm import check_norm_name
+from flamingo_fast.ops.norm import NORMS
 
 
 def check_dims(least: int = 1, /, **dims: int) -> None:
@@ -21,13 +22,6 @@ def check_heads(heads: int, kv_heads: int | None) -> int:
     return kv_heads
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    """`value` itself, if it is one of `known`."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
-    return value
-
-
 def op_impl(impl: str) -> str:
     """Of the ops beside attention in a module of this impl."""
     return "auto" if check_impl(impl, ATTENTION_IMPLS) not in IMPLS else impl
@@ -35,6 +29,6 @@ def op_impl(impl: str) -> str:
 
 def make_norm(norm: str, dim: int, impl: str) -> LayerNorm | RMSNorm:
     """Of eps 1e-5, which is torch.nn.LayerNorm's and the peers'."""
-    if check_norm_name(norm) == "rms":
+    if one_of("norm", norm, NORMS) == "rms":
         return RMSNorm(dim, 1e-5, impl=impl)
     return LayerNorm(dim, impl=impl)

@@ -268,7 +268,7 @@ def _may_share_norm(attentions: Sequence[Any]) -> bool:
 
 
 class PerceiverResampler(_Resampler):
-    """R latents for each medium, whatever the number of its features (Flamingo, section 2.2).
+    """R latents for each medium, whatever the number of its features (Flamingo, section 2.1).
 
     OpenFlamingo's class of that name (open_flamingo/src/helpers.py), arguments and state-dict keys.
     The paper's is dim=1536, heads=16, dim_head=128 (v1, table 13), activation="squared_relu".

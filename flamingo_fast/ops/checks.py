@@ -6,8 +6,16 @@ from collections.abc import Sequence
 import torch
 
 from flamingo_fast.layout import MediaLayout
+from flamingo_fast.layout.arguments import to_int32
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> str:
+    """`value` itself, if it is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+    return value
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
@@ -34,15 +42,19 @@ def check_like(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def check_parameter(
-    name: str, tensor: torch.Tensor, x: torch.Tensor, shapes: Sequence[tuple[int, ...]]
+    name: str,
+    tensor: torch.Tensor,
+    x: torch.Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    of: str = "x",
 ) -> None:
-    """`tensor` is floating-point, on x's device and of one of `shapes`."""
+    """`tensor` is floating-point, on x's device and of one of `shapes`; `of` is x's name."""
     check_floating(name, tensor)
     # Not `in`: of sizes that may change, torch.compile of PyTorch 2.11 finds nothing in a list.
     if all(tensor.shape != shape for shape in shapes):
         expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
         raise ValueError(
-            f"{name}: expected shape {expected} for x of shape {_shape(x)}; got {_shape(tensor)}"
+            f"{name}: expected shape {expected} for {of} of shape {_shape(x)}; got {_shape(tensor)}"
         )
     _check_device(name, tensor, x)
 
@@ -151,14 +163,16 @@ def check_latent_inputs(
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}")
         _check_device(name, tensor, q)
     if media_seqlens is not None:
-        media_seqlens = check_integers("media_seqlens", media_seqlens, (batch,), q)
+        check_integer_tensor("media_seqlens", media_seqlens, (batch,), q)
+        if media_seqlens.dtype != torch.int32:
+            media_seqlens = to_int32(media_seqlens)
     return _softmax_scale(softmax_scale, q), media_seqlens
 
 
-def check_integers(
+def check_integer_tensor(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor
-) -> torch.Tensor:
-    """`tensor`, of integers, of `shape` and on x's device, as int32."""
+) -> None:
+    """`tensor` is of integers, of `shape` and on x's device."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
@@ -166,7 +180,6 @@ def check_integers(
     if _shape(tensor) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {_shape(tensor)}")
     _check_device(name, tensor, x)
-    return tensor.to(torch.int32)
 
 
 def _softmax_scale(softmax_scale: float | None, q: torch.Tensor) -> float:

@@ -16,12 +16,9 @@ _WANTED_BLOCKS = 32
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 18, 1 << 20
 
 
-def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., width) as (rows, width), also of one row without a dimension of its own and of none."""
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _block_length(rows: torch.Tensor) -> int:
@@ -47,7 +44,7 @@ class _WideRows:
     """
 
     def __init__(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        self.rows = _as_matrix(tensor)
+        self.rows = as_matrix(tensor)
         self.scratch = None if tensor.dtype == dtype else _Scratch(self.rows, dtype)
 
     def __getitem__(self, block: slice) -> torch.Tensor:
@@ -89,7 +86,7 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     elif x.dtype == y.dtype and _keeps_gates(x.dtype):
         out = torch.addcmul(x, y, tanh_gate.to(x.dtype))
     else:
-        wide = _wide_dtype(x.dtype, y.dtype)
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         out = torch.addcmul(x.to(wide), y.to(wide), tanh_gate.to(wide)).to(x.dtype)
     return out.contiguous()
 
@@ -102,7 +99,7 @@ def gated_residual_backward(
     need_dy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dy, dgate); dgate needs y. What is not needed comes back empty."""
-    wide = _wide_dtype(dout.dtype, y_dtype)
+    wide = torch.promote_types(torch.promote_types(dout.dtype, y_dtype), torch.float32)
     wide_gate = gate.double()
     tanh_gate = wide_gate.tanh()
     is_scalar = gate.numel() == 1
@@ -120,7 +117,7 @@ def gated_residual_backward(
         for block in dout_rows.blocks():
             wide_dout = dout_rows[block]
             if dy_in_blocks:
-                torch.mul(wide_dout, factor, out=_as_matrix(dy)[block])
+                torch.mul(wide_dout, factor, out=as_matrix(dy)[block])
             if y_rows is not None:
                 product = torch.mul(wide_dout, y_rows[block], out=products.of(block))
                 # Not torch.dot, which adds up long vectors one after the other.
@@ -141,7 +138,7 @@ def norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(normed, mean, rstd); mean is empty for RMSNorm."""
     x = x.contiguous()
-    wide = _wide_dtype(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
     if not rms:
         native_weight, native_bias = _native_parameters(weight, bias, x)
         normed, mean, rstd = torch.native_layer_norm(
@@ -152,7 +149,7 @@ def norm(
         return _rms_at_once(x.to(wide), weight, bias, eps, out_dtype)
     normed = torch.empty(x.shape, dtype=out_dtype)
     rstd = torch.empty(x.shape[:-1], dtype=wide)
-    rows, normed_rows, rstd_rows = _WideRows(x, wide), _as_matrix(normed), rstd.view(-1, 1)
+    rows, normed_rows, rstd_rows = _WideRows(x, wide), as_matrix(normed), rstd.view(-1, 1)
     scratch = _Scratch(rows.rows, wide)
     for block in rows.blocks():
         wide_x, out = rows[block], normed_rows[block]
@@ -192,7 +189,7 @@ def _native_parameters(
     weight: torch.Tensor | None, bias: torch.Tensor | None, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Parameters in fp32 (fp64 beside fp64 x); native_layer_norm then returns such statistics."""
-    wide = _wide_dtype(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
     native_weight = torch.ones(x.shape[-1], dtype=wide) if weight is None else weight.to(wide)
     return native_weight, None if bias is None else bias.to(wide)
 
@@ -268,7 +265,7 @@ def _rms_dx(
         correction.mul_(rstd.square()).div_(x.shape[-1])
         return gradient.sub(wide_x * correction).mul_(rstd).to(x.dtype)
     dx = x.new_empty(x.shape)
-    rows, dnormed_rows, dx_rows = _WideRows(x, wide), _WideRows(dnormed, wide), _as_matrix(dx)
+    rows, dnormed_rows, dx_rows = _WideRows(x, wide), _WideRows(dnormed, wide), as_matrix(dx)
     scaled, scratch = (_Scratch(rows.rows, wide) for _ in range(2))
     rstd = rstd.view(-1, 1)
     for block in rows.blocks():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flamingo_fast.namespace import NAMESPACE
+from flamingo_fast.ops.checks import one_of
 from flamingo_fast.watchers import is_differentiated_otherwise, is_watched
 
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -47,9 +48,18 @@ def use_impl(impl: str) -> Iterator[None]:
 
 def check_impl(impl: str, known: tuple[str, ...] = IMPLS) -> str:
     """`impl` itself, if it names an implementation."""
-    if impl not in known:
-        raise ValueError(f"impl: expected one of {', '.join(known)}; got {impl!r}")
-    return impl
+    return one_of("impl", impl, known)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """That of products of x inside autocast; None outside it, and of fp64, which it leaves alone.
+
+    None of meta tensors, too: PyTorch raises where it is asked about their device.
+    """
+    device_type = x.device.type
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def why_not_triton(device: torch.device) -> str | None:
@@ -81,7 +91,7 @@ def choose_impl(
     if x.dtype == torch.float64:
         not_in_triton = "the kernels take fp32, fp16 and bf16; this is fp64"
     if impl == "auto":
-        on_gpu = x.device.type == "cuda" and TRITON_INSTALLED
+        on_gpu = x.device.type == "cuda" and TRITON_INSTALLED and "triton" in known
         impl = "triton" if on_gpu and not_in_triton is None else "torch"
     elif impl == "triton" and (reason := not_in_triton or why_not_triton(x.device)):
         raise BackendUnavailableError(f'impl="triton": {reason}')

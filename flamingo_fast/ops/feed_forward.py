@@ -5,14 +5,16 @@ and the gate's gradient takes no output of the second layer: the sum of dout * (
 and columns is that of (dout W) * a.
 """
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from flamingo_fast.ops.checks import check_floating, check_like, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import apply, choose_impl
+from flamingo_fast.ops.checks import check_floating, check_parameter, check_rows, one_of
+from flamingo_fast.ops.cpu import as_matrix
+from flamingo_fast.ops.dispatch import apply, autocast_dtype, choose_impl
 from flamingo_fast.ops.gated_residual import (
     gated_residual,
     gated_residual_backward_op,
@@ -27,15 +29,6 @@ from flamingo_fast.ops.squared_relu import (
 ACTIVATIONS = ("gelu", "squared_relu")
 
 
-def check_activation(activation: str) -> str:
-    """`activation` itself, if it names one."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}"
-        )
-    return activation
-
-
 def _activate(hidden: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
     return F.gelu(hidden) if activation == "gelu" else squared_relu_forward_op(hidden, impl)
 
@@ -47,11 +40,6 @@ def _activation_backward(
     if activation == "gelu":
         return torch.ops.aten.gelu_backward.grad_input(dout, hidden, grad_input=dout)
     return squared_relu_backward_op(hidden, dout, impl)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., width) as (rows, width), also of one row without a dimension of its own and of none."""
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _column_sums(rows: torch.Tensor) -> torch.Tensor:
@@ -100,7 +88,7 @@ class _FeedForwardFn(torch.autograd.Function):
         need_dgate, need_dx, need_up, need_bias_up, need_down, need_bias_down = needs[1:7]
         dresidual = dout if needs[0] else None
         activation, impl = ctx.activation, ctx.impl
-        rows = _rows(dout).to(weight_down.dtype)
+        rows = as_matrix(dout).to(weight_down.dtype)
         # The factor tanh(gate) of everything goes where matrices are narrow: a scalar one to the
         # ends, and a vector's, which is one of dout's columns, to dout.
         is_vector = gate is not None and gate.numel() > 1
@@ -123,7 +111,7 @@ class _FeedForwardFn(torch.autograd.Function):
         dgate: Any = None
         dx = dweight_up = dbias_up = dweight_down = dbias_down = None
         if need_down or need_dgate:
-            activated = _rows(_activate(hidden, activation, impl))
+            activated = as_matrix(_activate(hidden, activation, impl))
         if need_bias_down or (need_dgate and bias_down is not None):
             column_sums = _column_sums(rows)
         if need_dgate and is_vector:
@@ -139,7 +127,7 @@ class _FeedForwardFn(torch.autograd.Function):
             dactivated = (scaled_rows if is_vector else rows) @ weight_down
             if need_dgate and not is_vector:
                 dgate = dgate_of(dactivated, activated)
-            dhidden = _activation_backward(_rows(hidden), dactivated, activation, impl)
+            dhidden = _activation_backward(as_matrix(hidden), dactivated, activation, impl)
             del dactivated
         del activated
         if need_dgate and bias_down is not None:
@@ -149,7 +137,7 @@ class _FeedForwardFn(torch.autograd.Function):
             return tensor if is_vector else scaled(tensor)
 
         if need_up:
-            dweight_up = dhidden.mT @ rescaled(_rows(x))
+            dweight_up = dhidden.mT @ rescaled(as_matrix(x))
         if need_bias_up:
             dbias_up = rescaled(_column_sums(dhidden)[None])[0]
         if need_dx:
@@ -187,7 +175,7 @@ def feed_forward(
         x: (..., width), fp32, fp16 or bf16 (fp64 outside Triton).
         weight_up: (hidden, width); bias_up: (hidden,) or None.
         weight_down: (width_out, hidden); bias_down: (width_out,) or None. Inside autocast weights
-            and x are cast to its dtype.
+            and x are cast to its dtype, but for fp64 x.
         activation: "gelu" (the exact one: OpenFlamingo) or "squared_relu" (the paper).
         residual: (..., width_out), of any dtype; with gate.
         gate: (1,) or (width_out,); with residual.
@@ -201,11 +189,10 @@ def feed_forward(
         BackendUnavailableError: `impl` can't run here.
     """
     check_rows("x", x)
-    check_activation(activation)
+    one_of("activation", activation, ACTIVATIONS)
     if (residual is None) != (gate is None):
         raise ValueError("residual, gate: expected both or neither")
-    device_type = x.device.type
-    is_autocast = not x.is_meta and torch.is_autocast_enabled(device_type)
+    dtype = autocast_dtype(x)
     width_before = x.shape[-1:]
     for name, weight, bias in (("up", weight_up, bias_up), ("down", weight_down, bias_down)):
         check_floating(f"weight_{name}", weight)
@@ -214,11 +201,12 @@ def feed_forward(
         if bias is not None:
             check_parameter(f"bias_{name}", bias, x, [tuple(width_before)])
         for kind, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != x.dtype and not is_autocast:
+            if tensor is not None and tensor.dtype != x.dtype and dtype is None:
                 raise TypeError(f"{kind}_{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     if residual is not None and gate is not None:
-        check_like("residual", residual, x[..., :1].expand(*x.shape[:-1], weight_down.shape[0]))
-        check_parameter("gate", gate, residual, [(1,), (residual.shape[-1],)])
+        width_out = weight_down.shape[0]
+        check_parameter("residual", residual, x, [(*x.shape[:-1], width_out)])
+        check_parameter("gate", gate, residual, [(1,), (width_out,)], of="residual")
     impl = choose_impl(impl, x)
     if impl == "reference" or (impl == "torch" and x.device.type != "cpu"):
         between = F.linear(x, weight_up, bias_up)
@@ -227,34 +215,23 @@ def feed_forward(
         if residual is None or gate is None:
             return out
         return gated_residual(residual, out, gate, impl=impl)
-    if is_autocast:
-        dtype = torch.get_autocast_dtype(device_type)
+    in_own_dtype: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if dtype is not None:
+        in_own_dtype = torch.autocast(x.device.type, enabled=False)
         x = x.to(dtype)
         weight_up, weight_down = weight_up.to(dtype), weight_down.to(dtype)
         bias_up = None if bias_up is None else bias_up.to(dtype)
         bias_down = None if bias_down is None else bias_down.to(dtype)
-        with torch.autocast(device_type, enabled=False):
-            return apply(
-                _FeedForwardFn,
-                residual,
-                gate,
-                x,
-                weight_up,
-                bias_up,
-                weight_down,
-                bias_down,
-                activation,
-                impl,
-            )
-    return apply(
-        _FeedForwardFn,
-        residual,
-        gate,
-        x,
-        weight_up,
-        bias_up,
-        weight_down,
-        bias_down,
-        activation,
-        impl,
-    )
+    with in_own_dtype:
+        return apply(
+            _FeedForwardFn,
+            residual,
+            gate,
+            x,
+            weight_up,
+            bias_up,
+            weight_down,
+            bias_down,
+            activation,
+            impl,
+        )

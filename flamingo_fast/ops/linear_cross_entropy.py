@@ -8,15 +8,21 @@ beside the weight, too, and on a CPU ignored rows cost nothing.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from flamingo_fast.layout import values_are_at_hand
-from flamingo_fast.ops.checks import check_floating, check_integers, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import apply, choose_impl, register_op
+from flamingo_fast.ops.checks import (
+    check_floating,
+    check_integer_tensor,
+    check_parameter,
+    check_rows,
+    one_of,
+)
+from flamingo_fast.ops.dispatch import apply, autocast_dtype, choose_impl, register_op
 
 REDUCTIONS = ("mean", "sum", "none")
 _IMPLS = ("auto", "torch", "reference")
@@ -445,26 +451,22 @@ def linear_cross_entropy(
     check_rows("hidden", hidden)
     check_floating("weight", weight)
     width = hidden.shape[-1]
-    check_parameter("weight", weight, hidden, [(*weight.shape[:1], width)])
+    check_parameter("weight", weight, hidden, [(*weight.shape[:1], width)], of="hidden")
     vocab_size = weight.shape[0]
     if vocab_size == 0:
         raise ValueError(f"weight: expected at least one row, got shape {tuple(weight.shape)}")
     if bias is not None:
-        check_parameter("bias", bias, hidden, [(vocab_size,)])
-    device_type = hidden.device.type
-    dtype = weight.dtype
-    is_autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)
-    if is_autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    else:
+        check_parameter("bias", bias, hidden, [(vocab_size,)], of="hidden")
+    dtype = autocast_dtype(weight)
+    if dtype is None:
+        dtype = weight.dtype
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != hidden.dtype:
                 raise TypeError(
                     f"{name}: expected hidden's dtype {hidden.dtype}, got {tensor.dtype}"
                 )
-    check_integers("labels", labels, tuple(hidden.shape[:-1]), hidden)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    check_integer_tensor("labels", labels, tuple(hidden.shape[:-1]), hidden)
+    one_of("reduction", reduction, REDUCTIONS)
     _check_int("ignore_index", ignore_index)
     if chunk_bytes is None:
         chunk_bytes = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "gpu"]
@@ -503,25 +505,26 @@ def _check_extra(
 ) -> torch.Tensor:
     """extra_ids as int64, on hidden's device; values are checked if they are at hand."""
     check_floating("extra_weight", extra_weight)
-    check_parameter(
-        "extra_weight", extra_weight, hidden, [(*extra_weight.shape[:1], hidden.shape[-1])]
-    )
+    shape = (*extra_weight.shape[:1], hidden.shape[-1])
+    check_parameter("extra_weight", extra_weight, hidden, [shape], of="hidden")
     num_extra = extra_weight.shape[0]
     if not 0 < num_extra < vocab_size:
         raise ValueError(
             f"extra_weight: expected 1 to {vocab_size - 1} rows, fewer than weight; got {num_extra}"
         )
     if isinstance(extra_ids, torch.Tensor):
-        check_integers("extra_ids", extra_ids, (num_extra,), hidden)
+        check_integer_tensor("extra_ids", extra_ids, (num_extra,), hidden)
         ids = extra_ids.long()
         values = ids.tolist() if values_are_at_hand(ids) else None
+    elif not isinstance(extra_ids, Iterable):
+        raise TypeError(f"extra_ids: expected a tensor or numbers, got {extra_ids!r}")
     else:
         values = list(extra_ids)
         for each in values:
             _check_int("extra_ids", each)
         if len(values) != num_extra:
             raise ValueError(f"extra_ids: expected {num_extra} numbers, got {len(values)}")
-        ids = torch.tensor(values).to(hidden.device, non_blocking=True)
+        ids = torch.tensor(values, device="cpu").to(hidden.device, non_blocking=True)
     if values is not None:
         beyond = [each for each in values if each >= vocab_size]
         if beyond != list(range(vocab_size, vocab_size + len(beyond))):

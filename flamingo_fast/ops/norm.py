@@ -12,9 +12,17 @@ from torch.autograd.function import once_differentiable
 
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
-from flamingo_fast.ops.checks import check_eps, check_like, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import apply, empty_gradient, register_op, resolve_impl
+from flamingo_fast.ops.checks import check_eps, check_like, check_parameter, check_rows, one_of
+from flamingo_fast.ops.dispatch import (
+    apply,
+    autocast_dtype,
+    empty_gradient,
+    register_op,
+    resolve_impl,
+)
 from flamingo_fast.ops.gated_residual import gated_residual_backward_op
+
+NORMS = ("layer", "rms")
 
 _WIDEST_TRITON_ROW = 16384
 
@@ -38,7 +46,7 @@ def _norm_forward(
 
 
 def _fake_statistics(x: torch.Tensor, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     mean = x.new_empty((0,) if rms else x.shape[:-1], dtype=dtype)
     return mean, x.new_empty(x.shape[:-1], dtype=dtype)
 
@@ -294,13 +302,7 @@ class _GatedResidualNormFn(torch.autograd.Function):
 
 def _normed_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that the next projection wants: autocast's inside autocast, else x's."""
-    device_type = x.device.type
-    # The meta device raises when asked whether autocast is on.
-    if x.dtype == torch.float64 or x.is_meta:
-        return x.dtype
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 def _is_best_in_torch(x: torch.Tensor, weight: _Optional, bias: _Optional) -> bool:
@@ -310,13 +312,6 @@ def _is_best_in_torch(x: torch.Tensor, weight: _Optional, bias: _Optional) -> bo
     """
     same = all(each is None or each.dtype == x.dtype for each in (weight, bias))
     return same and x.dtype.itemsize >= 4 and _normed_dtype(x) == x.dtype
-
-
-def check_norm_name(norm: str) -> str:
-    """`norm` itself, if it names one."""
-    if norm not in ("layer", "rms"):
-        raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
-    return norm
 
 
 def _check_norm(x: torch.Tensor, weight: _Optional, bias: _Optional, eps: float, impl: str) -> str:
@@ -412,7 +407,7 @@ def gated_residual_norm(
         TypeError, ValueError: a wrong argument, by name.
         BackendUnavailableError: `impl` can't run here.
     """
-    check_norm_name(norm)
+    one_of("norm", norm, NORMS)
     impl = _check_norm(x, weight, bias, eps, impl)
     check_like("y", y, x)
     check_parameter("gate", gate, x, [(1,), (x.shape[-1],)])

@@ -54,7 +54,7 @@ class _SquaredReluFn(torch.autograd.Function):
 
 
 def squared_relu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
-    """relu(x)**2 (Flamingo, section 2.2).
+    """relu(x)**2 (Flamingo, appendix A.1.4).
 
     Arguments:
         x: (...), fp32, fp16 or bf16 (fp64 with impl "torch" or "reference"), any strides.

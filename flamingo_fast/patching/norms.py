@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flamingo_fast.ops.dispatch import autocast_dtype
 from flamingo_fast.ops.norm import rms_norm
 from flamingo_fast.patching.parts import are_few, is_whole, rms_eps
 from flamingo_fast.patching.rules import Call, Rule, has, is_a
@@ -22,7 +23,7 @@ def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     if not is_whole(weight) or weight.dtype != hidden_states.dtype:
         return own_forward(self)(hidden_states)
     device = hidden_states.device.type
-    in_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    in_autocast = autocast_dtype(hidden_states) is not None
     if are_few(hidden_states, _FEW):
         if in_autocast:
             return own_forward(self)(hidden_states)
