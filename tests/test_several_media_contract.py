@@ -142,7 +142,7 @@ def test_double_backward_raises(impl):
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 @every_impl
 def test_autocast_changes_no_bit(impl, dtype):
     """Neither of the forward, nor of a backward inside of it."""

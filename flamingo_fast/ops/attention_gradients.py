@@ -1,4 +1,4 @@
-"""What the backwards of attention share: memory for gradients, and how matrices are multiplied."""
+"""What attention ops share: memory for gradients, how matrices are multiplied, and the scale."""
 
 from typing import Any
 
@@ -10,6 +10,13 @@ from flamingo_fast.watchers import is_differentiated_otherwise
 def input_precision() -> str:
     """Of fp32 matrix products in the kernels: what the user allows cuBLAS."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def positive_scale(q: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, float]:
+    """q and a scale above 0 of the same scores: the largest one is found before it is scaled."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    return (q * 0, 1.0) if softmax_scale == 0 else (-q, -softmax_scale)
 
 
 def new_dq(q: torch.Tensor, needed: bool) -> torch.Tensor:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from flamingo_fast.ops.cpu_buffers import valid_lengths
+
 # The flash kernel's temporaries are one block of out; the backward's are four times that, in fp32.
 _FORWARD_BLOCK, _BACKWARD_BLOCK = 512, 128
 # Of a core of any CPU: temporaries that small cost nothing.
@@ -78,12 +80,6 @@ def _heads_first(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return rows.transpose(0, 1)[None]
 
 
-def _num_valid(media_seqlens: torch.Tensor | None, k: torch.Tensor) -> list[int]:
-    if media_seqlens is None:
-        return [k.shape[1]] * k.shape[0]
-    return media_seqlens.clamp(0, k.shape[1]).tolist()
-
-
 def one_medium_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -95,10 +91,8 @@ def one_medium_forward(
 ) -> torch.Tensor:
     """Contiguous, of q's shape and dtype."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    if q.numel() == 0:
-        return out
     kv_heads = k.shape[2]
-    num_valid = _num_valid(media_seqlens, k)
+    num_valid = valid_lengths(media_seqlens, *k.shape[:2])
     blocks = _blocks(work_items, row_index, _FORWARD_BLOCK)
     if pairs := _rows_of_pairs(blocks, q, k, num_valid):
         first, rows = pairs
@@ -157,7 +151,7 @@ class _Buffers:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, rows: int, media: int = 1) -> None:
         _, num_keys, kv_heads, self.head_dim = k.shape
         self.kv_heads = media * kv_heads
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
         self._rows = [
             q.new_empty(self.kv_heads * rows * self.head_dim, dtype=self.dtype) for _ in range(2)
         ]
@@ -199,7 +193,7 @@ def one_medium_backward(
     need_dq, need_dkv = dq.numel() > 0, dkv.numel() > 0
     kv_heads = k.shape[2]
     group = q.shape[2] // kv_heads
-    num_valid = _num_valid(media_seqlens, k)
+    num_valid = valid_lengths(media_seqlens, *k.shape[:2])
     all_blocks = _blocks(work_items, row_index, _backward_block(q, k))
     if pairs := _rows_of_pairs(all_blocks, q, k, num_valid):
         _pairs_backward(dout, q, k, v, pairs, softmax_scale, dq, dkv)

@@ -12,12 +12,11 @@ give the same result wherever in a tensor a number is (not sigmoid, for one).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
-from flamingo_fast.ops.cpu_buffers import Buffers
+from flamingo_fast.ops.cpu_buffers import Buffers, has_fast_bf16, valid_lengths
 
 # Memory at most, where there is more than one medium and head: of what a group's flash kernels
 # return, and of what its matrix products read and write.
@@ -59,11 +58,6 @@ class _Source:
         )
 
 
-@functools.cache
-def _has_fast_bf16() -> bool:
-    return torch.cpu._is_amx_tile_supported()
-
-
 def _groups(
     k_media: torch.Tensor,
     media_seqlens: torch.Tensor | None,
@@ -79,9 +73,7 @@ def _groups(
         most_of: how many media of a number of keys a group may have; less than 1 is 1.
     """
     batch, num_keys = k_media.shape[:2]
-    lengths = [num_keys] * batch
-    if media_seqlens is not None:
-        lengths = media_seqlens.clamp(0, num_keys).tolist()
+    lengths = valid_lengths(media_seqlens, batch, num_keys)
     begin = 0
     while begin < batch:
         end = begin + 1
@@ -198,7 +190,7 @@ def latent_backward(
     kv_heads = k_media.shape[2]
     rows = latents * heads // kv_heads
     wide = torch.promote_types(q.dtype, torch.float32)
-    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and has_fast_bf16() else wide
     by_flash = q.dtype == wide and head_dim <= _FLASH_HEAD_DIM
     need_dq, need_dmedia, need_dlatents = (x.numel() > 0 for x in (dq, dmedia, dlatents))
 
@@ -215,47 +207,46 @@ def latent_backward(
         return max(_PRODUCT_BYTES // (head_numel * dtype.itemsize), 1)
 
     buffers = Buffers()
-    with torch.autocast("cpu", enabled=False):
-        for begin, end, valid in _groups(k_media, media_seqlens, latents, most_media):
-            queries, douts, outs = (_by_head(x[begin:end], kv_heads) for x in (q, dout, out))
-            media = _Source.of(
-                k_media[begin:end, :valid],
-                v_media[begin:end, :valid],
-                *(dmedia[:, begin:end, :valid] if need_dmedia else ()),
+    for begin, end, valid in _groups(k_media, media_seqlens, latents, most_media):
+        queries, douts, outs = (_by_head(x[begin:end], kv_heads) for x in (q, dout, out))
+        media = _Source.of(
+            k_media[begin:end, :valid],
+            v_media[begin:end, :valid],
+            *(dmedia[:, begin:end, :valid] if need_dmedia else ()),
+        )
+        of_latents = _Source.of(
+            k_latents[begin:end],
+            v_latents[begin:end],
+            *(dlatents[:, begin:end] if need_dlatents else ()),
+        )
+        group_dq = _by_head(dq[begin:end], kv_heads) if need_dq else None
+        if need_dmedia:
+            dmedia[:, begin:end, valid:].zero_()
+        of_sources = None
+        if valid >= _MANY_FEATURES and q.dtype == wide:
+            of_sources = _long_backward
+        elif by_flash:
+            of_sources = _sources_backward
+        if of_sources is not None:
+            group_lse = lse[begin:end].unflatten(1, (kv_heads, -1)).mT
+            sources = [x for x in (of_latents, media) if need_dq or x.dk is not None]
+            rows_of_group = (douts, queries, outs, group_lse)
+            of_sources(*rows_of_group, sources, softmax_scale, group_dq, buffers)
+            continue
+        # Of about the same size: threads share the heads of a call.
+        size = -(-kv_heads // -(-kv_heads // most_heads(valid + latents)))
+        for first in range(0, kv_heads, size):
+            some = slice(first, first + size)
+            _joined_backward(
+                douts[:, some],
+                queries[:, some],
+                media.of_heads(some),
+                of_latents.of_heads(some),
+                softmax_scale,
+                None if group_dq is None else group_dq[:, some],
+                dtype,
+                buffers,
             )
-            of_latents = _Source.of(
-                k_latents[begin:end],
-                v_latents[begin:end],
-                *(dlatents[:, begin:end] if need_dlatents else ()),
-            )
-            group_dq = _by_head(dq[begin:end], kv_heads) if need_dq else None
-            if need_dmedia:
-                dmedia[:, begin:end, valid:].zero_()
-            of_sources = None
-            if valid >= _MANY_FEATURES and q.dtype == wide:
-                of_sources = _long_backward
-            elif by_flash:
-                of_sources = _sources_backward
-            if of_sources is not None:
-                group_lse = lse[begin:end].unflatten(1, (kv_heads, -1)).mT
-                sources = [x for x in (of_latents, media) if need_dq or x.dk is not None]
-                rows_of_group = (douts, queries, outs, group_lse)
-                of_sources(*rows_of_group, sources, softmax_scale, group_dq, buffers)
-                continue
-            # Of about the same size: threads share the heads of a call.
-            size = -(-kv_heads // -(-kv_heads // most_heads(valid + latents)))
-            for first in range(0, kv_heads, size):
-                some = slice(first, first + size)
-                _joined_backward(
-                    douts[:, some],
-                    queries[:, some],
-                    media.of_heads(some),
-                    of_latents.of_heads(some),
-                    softmax_scale,
-                    None if group_dq is None else group_dq[:, some],
-                    dtype,
-                    buffers,
-                )
 
 
 def _joined_backward(

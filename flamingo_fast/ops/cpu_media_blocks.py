@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from flamingo_fast.ops.cpu_buffers import valid_lengths
+
 # Blocks of rows that attend to different media: rows at most, and what a block takes, in units of
 # one row and one key. A call costs as much as so many more rows and keys.
 _MIXED_ROWS, _ROWS_OF_A_CALL, _KEYS_OF_A_CALL, _COST_OF_A_MASK = 256, 32, 64, 1.125
@@ -108,11 +110,10 @@ def samples_of(
         attends = (media >= start) & (media < end)
         if media_bits is not None:
             attends &= (media_bits[index][:, media // 64] >> media % 64 & 1).bool()
-        lengths = [num_keys] * len(media)
-        if media_seqlens is not None:
-            valid = media_seqlens[first:last].clamp(0, num_keys)
-            attends &= valid > 0
-            lengths = valid.tolist()
+        seqlens = None if media_seqlens is None else media_seqlens[first:last]
+        if seqlens is not None:
+            attends &= seqlens > 0
+        lengths = valid_lengths(seqlens, len(media), num_keys)
         some = attends.any(1)
         is_dense = torch.zeros_like(some)
         if dense:

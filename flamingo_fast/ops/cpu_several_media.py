@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flamingo_fast.ops.cpu_buffers import Buffers
+from flamingo_fast.ops.cpu_buffers import Buffers, has_fast_bf16
 from flamingo_fast.ops.cpu_media_blocks import (
     Block,
     Part,
@@ -158,11 +158,6 @@ def _attend(
     )
 
 
-@functools.cache
-def _has_fast_bf16() -> bool:
-    return torch.cpu._is_amx_tile_supported()
-
-
 def several_media_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -256,8 +251,6 @@ def several_media_backward(
         begins = [*(begin for begin, _ in written), gradients.shape[1]]
         for begin, end in zip(ends, begins, strict=True):
             gradients[:, begin:end].zero_()
-    if gradients is not None and gradients.data_ptr() != dkv.data_ptr():
-        dkv.copy_(gradients.view(dkv.shape))
 
 
 def _long_runs(sample: Sample, group: int) -> list[_Run]:
@@ -338,7 +331,7 @@ def _sample_backward(
     their gradients, is columns of the products' factors, beside columns of ones.
     """
     wide = lse.dtype
-    narrow = torch.bfloat16 if q.dtype == torch.bfloat16 and _has_fast_bf16() else wide
+    narrow = torch.bfloat16 if q.dtype == torch.bfloat16 and has_fast_bf16() else wide
     _, kv_heads, group, head_dim = q.shape
     # Rounded to bf16, a sum takes two columns: what is left of it is in the second.
     sums = 1 if narrow == wide else 2

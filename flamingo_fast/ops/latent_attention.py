@@ -16,17 +16,12 @@ from flamingo_fast.ops.attention_gradients import (
     new_dkv,
     new_dq,
     of_one_projection,
+    positive_scale,
     separate,
 )
 from flamingo_fast.ops.checks import check_latent_inputs
-from flamingo_fast.ops.dispatch import (
-    ATTENTION_IMPLS,
-    VARLEN_IMPLS,
-    BackendUnavailableError,
-    apply,
-    choose_impl,
-    register_op,
-)
+from flamingo_fast.ops.dispatch import VARLEN_IMPLS, apply, register_op
+from flamingo_fast.ops.other_attention import choose_attention, library_attention
 from flamingo_fast.ops.sdpa_attention import sdpa_attention
 
 
@@ -55,11 +50,9 @@ def _forward(
             need_lse,
             input_precision(),
         )
-    # Its calls are not those of a model: autocast would round fp32 to 16 bits.
-    with torch.autocast("cpu", enabled=False):
-        return cpu_latent_attention.latent_forward(
-            q, k_media, v_media, k_latents, v_latents, media_seqlens, softmax_scale, need_lse
-        )
+    return cpu_latent_attention.latent_forward(
+        q, k_media, v_media, k_latents, v_latents, media_seqlens, softmax_scale, need_lse
+    )
 
 
 def _fake_forward(
@@ -74,12 +67,12 @@ def _fake_forward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, latents, heads, _ = q.shape
-    kv_heads = k_media.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     shape: tuple[int, ...] = (0,)
     if need_lse and impl == "triton":
-        parts = 2 if q.dtype == torch.float32 else 1
-        shape = (parts, kv_heads, batch, latents, heads // kv_heads)
+        from flamingo_fast.kernels.attention_config import lse_shape
+
+        shape = lse_shape(q, k_media.shape[2])
     elif need_lse:
         shape = (batch, heads, latents)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
@@ -220,12 +213,6 @@ class _LatentAttentionFn(torch.autograd.Function):
         )
 
 
-def _not_in_triton(q: torch.Tensor) -> str | None:
-    if q.shape[3] > 256:
-        return f"the kernels take a head_dim up to 256, got {q.shape[3]}"
-    return None
-
-
 def of_one_source(
     q: torch.Tensor,
     k_media: torch.Tensor,
@@ -266,7 +253,7 @@ def latent_attention(
 ) -> torch.Tensor:
     """Latents attend to the features of their medium and to themselves, in one softmax.
 
-    The attention of a Perceiver Resampler (Flamingo, section 2.2 and appendix A.1.1), without
+    The attention of a Perceiver Resampler (Flamingo, section 2.1 and appendix A.1.1), without
     putting its two sources of keys and values together. B media, R latents of each, S features of
     each, H query heads, Hkv key/value heads, D head dim.
 
@@ -291,26 +278,18 @@ def latent_attention(
     """
     tensors = (q, k_media, v_media, k_latents, v_latents)
     softmax_scale, media_seqlens = check_latent_inputs(*tensors, media_seqlens, softmax_scale)
-    impl = choose_impl(impl, q, _not_in_triton(q), ATTENTION_IMPLS)
-    if impl == "torch" and q.device.type != "cpu":
-        impl = "sdpa"
+    impl = choose_attention(impl, q)
     if impl == "reference" or q.numel() == 0:
         return reference.latent_attention(*tensors, media_seqlens, softmax_scale)
     if impl in ("sdpa", *VARLEN_IMPLS):
         k, v, layout = of_one_source(*tensors, media_seqlens)
         if impl == "sdpa":
             return sdpa_attention(q, k, v, layout, False, softmax_scale)
-        # Imported here: it brings torch._dynamo, most of two seconds.
-        from flamingo_fast.ops import varlen_attention
-
-        if reason := varlen_attention.why_not(impl, q, k, layout, False):
-            raise BackendUnavailableError(f'impl="{impl}": {reason}')
-        return varlen_attention.ADAPTERS[impl](q, k, v, layout, softmax_scale)
+        attend_by_library = library_attention(impl, q, k, layout, False)
+        return attend_by_library(q, k, v, layout, softmax_scale)
     # Inside the Function gradients are off, and inputs want them even under no_grad.
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if softmax_scale <= 0:
-        # The largest score is found before it is scaled.
-        q, softmax_scale = (q * 0, 1.0) if softmax_scale == 0 else (-q, -softmax_scale)
+    q, softmax_scale = positive_scale(q, softmax_scale)
     return apply(
         _LatentAttentionFn,
         q,

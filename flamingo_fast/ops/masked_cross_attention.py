@@ -4,14 +4,10 @@ import torch
 
 from flamingo_fast import reference
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.ops.checks import check_attention_inputs
-from flamingo_fast.ops.dispatch import (
-    ATTENTION_IMPLS,
-    VARLEN_IMPLS,
-    BackendUnavailableError,
-    choose_impl,
-)
+from flamingo_fast.ops.checks import check_attention_inputs, one_of
+from flamingo_fast.ops.dispatch import VARLEN_IMPLS
 from flamingo_fast.ops.one_medium_attention import one_medium_attention
+from flamingo_fast.ops.other_attention import choose_attention, library_attention
 from flamingo_fast.ops.sdpa_attention import sdpa_attention
 from flamingo_fast.ops.several_media_attention import several_media_attention
 
@@ -37,12 +33,6 @@ def _mean_of_values(v: torch.Tensor, layout: MediaLayout, num_heads: int) -> tor
     count = torch.where(of_sample, lengths[media], 0).sum(1).clamp(min=1)
     mean = (total / count[:, None, None]).to(v.dtype)
     return mean.repeat_interleave(num_heads // v.shape[2], 1)
-
-
-def _not_in_triton(q: torch.Tensor) -> str | None:
-    if q.shape[3] > 256:
-        return f"the kernels take a head_dim up to 256, got {q.shape[3]}"
-    return None
 
 
 def _one_medium_kernels_fit(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -99,12 +89,8 @@ def masked_cross_attention(
         BackendUnavailableError: `impl` can't run here.
     """
     softmax_scale = check_attention_inputs(q, k, v, layout, softmax_scale)
-    for name, value, known in (
-        ("unattended", unattended, UNATTENDED),
-        ("past_last", past_last, PAST_LAST),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+    one_of("unattended", unattended, UNATTENDED)
+    one_of("past_last", past_last, PAST_LAST)
     if layout.is_packed and (unattended, past_last) != ("zero", "zero"):
         raise ValueError(
             'layout: of packed documents, expected unattended and past_last "zero", got '
@@ -113,15 +99,10 @@ def masked_cross_attention(
     if k.dim() == 5:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     dense = unattended == "dense"
-    impl = choose_impl(impl, q, _not_in_triton(q), ATTENTION_IMPLS)
-    if impl == "torch" and q.device.type != "cpu":
-        impl = "sdpa"
+    impl = choose_attention(impl, q)
+    attend_by_library = None
     if impl in VARLEN_IMPLS:
-        # Imported here: it brings torch._dynamo, most of two seconds.
-        from flamingo_fast.ops import varlen_attention
-
-        if reason := varlen_attention.why_not(impl, q, k, layout, dense):
-            raise BackendUnavailableError(f'impl="{impl}": {reason}')
+        attend_by_library = library_attention(impl, q, k, layout, dense)
     if impl == "reference" or q.numel() == 0 or k.numel() == 0:
         return reference.masked_cross_attention(
             q, k, v, layout, unattended, past_last, softmax_scale
@@ -131,8 +112,8 @@ def masked_cross_attention(
     one_medium = layout.max_media_per_token <= 1 and not dense
     if impl == "sdpa":
         out = sdpa_attention(q, k, v, layout, dense, softmax_scale)
-    elif impl in VARLEN_IMPLS:
-        out = varlen_attention.ADAPTERS[impl](q, k, v, layout, softmax_scale)
+    elif attend_by_library is not None:
+        out = attend_by_library(q, k, v, layout, softmax_scale)
     elif one_medium and (impl == "torch" or _one_medium_kernels_fit(q, k)):
         out = one_medium_attention(q, k, v, layout, softmax_scale, needs_grad, impl)
     else:

@@ -47,7 +47,7 @@ def _forward(
             need_lse,
             input_precision(),
         )
-    # Its calls are not those of a model: autocast would round fp32 to 16 bits.
+    # Autocast would round the fp32 inputs of scaled_dot_product_attention to 16 bits.
     with torch.autocast("cpu", enabled=False):
         out = cpu_attention.one_medium_forward(
             q, k, v, work_items, row_index, media_seqlens, softmax_scale

@@ -15,6 +15,7 @@ from flamingo_fast.ops.attention_gradients import (
     new_dkv,
     new_dq,
     of_one_projection,
+    positive_scale,
     separate,
 )
 from flamingo_fast.ops.dispatch import apply, register_op
@@ -53,7 +54,7 @@ def _forward(
             need_lse,
             input_precision(),
         )
-    # Its calls are not those of a model: autocast would round fp32 to 16 bits.
+    # Autocast of bf16 refuses to put fp16 keys together, and one of fp16 those of bf16.
     with torch.autocast("cpu", enabled=False):
         return cpu_several_media.several_media_forward(
             q,
@@ -85,21 +86,15 @@ def _fake_forward(
     need_lse: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, seqlen, heads, _ = q.shape
-    kv_heads = k.shape[2]
     dtype = torch.float32
-    lse_shape: tuple[int, ...] = (0,)
+    shape: tuple[int, ...] = (0,)
     if need_lse and impl == "triton":
-        lse_shape = (
-            2 if q.dtype == torch.float32 else 1,
-            kv_heads,
-            batch,
-            seqlen,
-            heads // kv_heads,
-        )
+        from flamingo_fast.kernels.attention_config import lse_shape
+
+        shape = lse_shape(q, k.shape[2])
     elif need_lse:
-        lse_shape, dtype = (batch, seqlen, heads), torch.promote_types(q.dtype, dtype)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=dtype)
+        shape, dtype = q.shape[:3], torch.promote_types(q.dtype, dtype)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
 
 
 def _backward(
@@ -304,9 +299,7 @@ def several_media_attention(
     impl: str,
 ) -> torch.Tensor:
     """impl "triton" or "torch", the latter on a CPU; k and v are (media_total, R, Hkv, D)."""
-    if softmax_scale <= 0:
-        # The largest score is found before it is scaled.
-        q, softmax_scale = (q * 0, 1.0) if softmax_scale == 0 else (-q, -softmax_scale)
+    q, softmax_scale = positive_scale(q, softmax_scale)
     media_end = layout.media_end
     if dense and layout.media_seqlens is not None:
         media_end = torch.where(layout.attends(), media_end, layout.media_start)
