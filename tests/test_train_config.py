@@ -76,9 +76,12 @@ def test_text_that_begins_as_a_number_is_text(read) -> None:
 
 
 def test_fields_may_be_taken_from_another_dataset(read) -> None:
-    merging = VALID.replace("- {name: m3w", "- &m3w {name: m3w") + """
+    merging = (
+        VALID.replace("- {name: m3w", "- &m3w {name: m3w")
+        + """
   - {<<: *m3w, name: m3w-again, weight: 0.5}
 """
+    )
     first, _, third = read(merging).datasets
     assert third == dataclasses.replace(first, name="m3w-again", weight=0.5)
 

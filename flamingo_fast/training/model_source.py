@@ -199,7 +199,7 @@ def _of_folder(path: Path) -> ModelSource:
         recorded = Checkpoints(checkpoint.parent).extra(checkpoint)["config"]
         earlier = from_dict(TrainConfig, recorded, "")
         base = find_source(earlier)
-    except (FileNotFoundError, CheckpointError, KeyError) as error:
+    except (FileNotFoundError, CheckpointError, ConfigError, KeyError) as error:
         raise ConfigError(
             f"model: expected a folder of save_pretrained, of a checkpoint or of a run, got {path} "
             f"({error})"

@@ -95,6 +95,7 @@ def train(
         BadSamplesError: too many bad samples; a checkpoint was written.
         SaveError: a checkpoint can't be written; earlier ones are still there.
         CheckpointError: a checkpoint or weights that are broken, or not of this model.
+        FeatureError: a broken file of features.
         StreamError: a dataset that can't be read on.
         OSError: `out` can't be written, or another run has it.
     """
