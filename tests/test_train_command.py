@@ -135,6 +135,7 @@ def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stepz", 3, "stepz: there is no such field"),
         ("optimizer.lr", "fast", "optimizer.lr: expected float, got 'fast'"),
         ("device", "tpu", "device: expected"),
+        ("device", "meta", "device: expected cpu or cuda, got 'meta'"),
         ("parallel.tensor_parallel", 2, "parallel.tensor_parallel: expected a divisor of the 1 "),
         ("model", "flamingo-4b", "model: expected a preset (flamingo-3b, "),
         ("model", "no/such/folder", "model: expected a preset"),

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flamingo_fast.models.config import OPTIMISATIONS
 from flamingo_fast.models.extras import require
 from flamingo_fast.models.fields import (
@@ -23,7 +25,8 @@ from flamingo_fast.models.fields import (
 
 KINDS = ("interleaved", "image_text", "video_text")
 UNUSUAL_IMAGES = ("convert", "skip")
-PRECISIONS = ("bf16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = tuple(DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
