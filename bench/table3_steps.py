@@ -124,6 +124,5 @@ def synthetic_batch(config: FlamingoConfig, sizes: work.Batch, device: torch.dev
         attend=attend,
         pixels=torch.randn(shape, generator=generator),
         features=None,
-        num_samples=samples,
     )
     return batch.to(device)

@@ -115,12 +115,12 @@ def _triton_gpu() -> Backend:
 
 def _package(name: str, install: str, *, needs_gpu: bool) -> Backend:
     """Whether module `name` imports, and has the GPU that it needs."""
-    distribution = name.partition(".")[0]
-    if importlib.util.find_spec(distribution) is None:
+    if importlib.util.find_spec(name) is None:
         return Backend(name, "unavailable", f"not installed ({install})")
 
     def load() -> str:
         importlib.import_module(name)
+        distribution = name.partition(".")[0]
         return f"{distribution} {_version(distribution)}"
 
     loaded = _tried(name, load)

@@ -1,8 +1,11 @@
 """Counts of bad samples, their examples, and where they become too many."""
 
+import dataclasses
 import json
+import os
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -105,15 +108,37 @@ def test_reasons_are_documented():
         assert reason in BadSample.__doc__
 
 
+@dataclasses.dataclass(frozen=True)
+class CountedLimits(Limits):
+    """Count how often they are pickled; `ends`: unpickling them ends the process."""
+
+    pickled: ClassVar[list[None]] = []
+    ends: ClassVar[bool] = False
+
+    def __reduce__(self):
+        self.pickled.append(None)
+        return (os._exit, (1,)) if self.ends else (Limits, dataclasses.astuple(self))
+
+
 # Each worker imports torch.
 @pytest.mark.slow
 def test_shards_are_checked_alike_by_any_number_of_workers(tmp_path: Path):
     records = [(key, members) for key, _, members in mixed_records("image_text", 600)]
     shards = ShardSet([write_tar(tmp_path / "a.tar", records)])
     seen = []
-    limits = Limits(MAX_CHARS, MAX_PIXELS)
+    limits = CountedLimits(MAX_CHARS, MAX_PIXELS)
     here = check_shards(shards, "image_text", limits, progress=seen.append)
     assert seen == [256, 256, 88]
     there = check_shards(shards, "image_text", limits, num_workers=2)
     assert there.to_dict() == here.to_dict()
     assert there.bad and there.counts["converted_image"]
+    # Once a process, not with each of three tasks.
+    assert len(limits.pickled) == 2
+
+
+@pytest.mark.slow
+def test_a_worker_that_ended_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CountedLimits, "ends", True)
+    shards = ShardSet([write_tar(tmp_path / "a.tar", [("a", {"txt": b"a"})])])
+    with pytest.raises(ChildProcessError, match="^a process that reads ended; there may be too"):
+        check_shards(shards, "image_text", CountedLimits(), num_workers=1)

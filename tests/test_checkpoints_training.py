@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
@@ -228,8 +229,8 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path):
         (lambda state: state.pop("updates"), "has updates, which are not of this run"),
         (lambda state: state.update(more=torch.zeros(1)), "expected more, which are not in it"),
         (
-            lambda state: state.update({str(i): torch.zeros(1) for i in range(5)}),
-            "expected 0, 1, 2 and 2 more, which are not in it",
+            lambda state: state.update({str(i): torch.zeros(1) for i in range(6)}),
+            "expected 0, 1, 2, 3, 4 and 1 more, which are not in it",
         ),
         (
             lambda state: state["model"].update(weight=torch.zeros(3, 5)),
@@ -278,6 +279,35 @@ def test_a_broken_file_is_one_error_that_names_the_checkpoint(file, damage, tmp_
     damage(path / file)
     with pytest.raises(CheckpointError, match=r"step-00000001: broken checkpoint \(.+\)$"):
         checkpoints.load(zeros())
+
+
+@pytest.fixture
+def little_memory():
+    """A broken pickle can ask for a great deal."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_whatever_bytes_are_others_it_is_loaded_or_one_error(tmp_path, little_memory):
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(1, state_of(1), {}) / "state" / ".metadata"
+    good, chance = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(good)
+        data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            checkpoints.load(zeros())
+        except CheckpointError as error:
+            assert str(error).startswith(f"{tmp_path / 'step-00000001'}: ")
+            assert "\n" not in str(error)
+            refused += 1
+    assert 100 < refused < 300
 
 
 def test_nothing_to_load(tmp_path):

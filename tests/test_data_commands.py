@@ -1,6 +1,7 @@
 """`flamingo-fast data`: files are packed into shards, and shards are checked."""
 
 import base64
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ pytest.importorskip("av")
 
 from shard_cases import animation, encoded, mixed_records, picture, write_tar  # noqa: E402
 
+from flamingo_fast.cli import data as data_command  # noqa: E402
 from flamingo_fast.training.samples import Limits, Medium, Sample, parse  # noqa: E402
 from flamingo_fast.training.shards import ShardSet  # noqa: E402
 from flamingo_fast.training.writers import SourceError, write_samples, write_shards  # noqa: E402
@@ -237,6 +239,7 @@ def test_nothing_is_left_where_packing_fails(tmp_path):
         (("pack", "image_text", "gone", "out"), "source: there is no file or folder gone"),
         (("pack", "interleaved", "list.csv", "out"), "a file of .jsonl; got list.csv"),
         (("pack", "image_text", "list.csv", "out"), "columns path and text in list.csv, got 'url'"),
+        (("pack", "image_text", "long.csv", "out"), "in long.csv, got 'a.png', 'xxxx"),
         (("pack", "image_text", "empty", "out"), "got none of 0"),
         (("pack", "image_text", "../pairs", "."), "out: expected a new folder by its name, got ."),
         (("pack", "image_text", "pairs", "out", "--unusual-images", "keep"), "convert or skip"),
@@ -247,7 +250,7 @@ def test_nothing_is_left_where_packing_fails(tmp_path):
     ],
 )
 def test_bad_usage_exits_with_2(run, pairs, tmp_path, monkeypatch, arguments, message):
-    put(tmp_path, {"list.csv": "url\nx\n"})
+    put(tmp_path, {"list.csv": "url\nx\n", "long.csv": "a.png," + "x" * 200_000})
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty" if arguments[-1] == "." else tmp_path)
     code, _, err = run(*arguments)
@@ -255,6 +258,11 @@ def test_bad_usage_exits_with_2(run, pairs, tmp_path, monkeypatch, arguments, me
     assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_limits_are_by_default_a_configs():
+    given = [getattr(data_command, f"_{each.name.upper()}") for each in dataclasses.fields(Limits)]
+    assert tuple(given) == dataclasses.astuple(Limits())
 
 
 def test_check_reads_everything(run, tmp_path):

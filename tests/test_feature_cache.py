@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,11 @@ from flamingo_fast.training.features import (  # noqa: E402
     fingerprint,
     folder_name,
 )
-from flamingo_fast.training.model_source import find_source, make_model  # noqa: E402
+from flamingo_fast.training.model_source import (  # noqa: E402
+    find_source,
+    make_model,
+    make_vision_encoder,
+)
 from flamingo_fast.training.samples import Limits, Medium  # noqa: E402
 from flamingo_fast.training.stream import Stream, StreamError  # noqa: E402
 from flamingo_fast.training.trainer import train  # noqa: E402
@@ -171,14 +176,22 @@ def batches(stream: Stream, count: int = 20) -> list:
     return [next(stream) for _ in range(count)]
 
 
-def encode(config: DatasetConfig, out: Path, **options: int) -> Encoded:
+def encode(config: DatasetConfig, out: Path, **options: Any) -> Encoded:
     return encode_features([config], VISION, encoder(), out, **options)
 
 
 class TestEncoding:
     def test_training_on_features_sees_what_training_on_pixels_sees(self, tmp_path: Path) -> None:
         config = pages(tmp_path)
-        done = encode(config, tmp_path / "features", batch_size=4, num_threads=2)
+        seen: list[tuple[int, int]] = []
+        done = encode(
+            config,
+            tmp_path / "features",
+            batch_size=4,
+            num_threads=2,
+            progress=lambda *counts: seen.append(counts),
+        )
+        assert seen == [(1, 45)] * 45
         assert (done.samples, done.encoded) == (45, len(FeatureCache(done.folder)) - done.bad)
         assert done.bad == 4 and done.bad_samples > 5
 
@@ -255,12 +268,28 @@ def test_the_command(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "features").iterdir()
     assert folder.name.startswith("vit_mini-28px-")
 
-    result = CliRunner().invoke(app, [*arguments, "--device", "abacus"])
-    assert result.exit_code == 2 and "'abacus' can't be used" in result.output
+    for device in ("abacus", "meta"):
+        result = CliRunner().invoke(app, [*arguments, "--device", device])
+        assert result.exit_code == 2 and f"device: can't use {device}: " in result.output
 
     path.write_text(path.read_text().replace("kind: interleaved", "kind: none"))
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "kind" in result.output
+
+
+@pytest.mark.parametrize("name", ["vit_mini", "nfnet_mini"])
+def test_an_encoder_made_alone_has_the_models_weights(tmp_path: Path, name: str) -> None:
+    values = run_cases.config(tmp_path, tmp_path)
+    values["model"] = run_cases.MODEL | {"vision": {"encoder": name, "image_size": 32}}
+    source = find_source(from_dict(TrainConfig, values, ""))
+    expected = make_model(source, 3).vision_encoder
+    alone = make_vision_encoder(source, 3)
+    torch.testing.assert_close(alone.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert alone.is_frozen and alone.training == expected.training
+    wrong = dataclasses.replace(source.config.vision, encoder="vit_micro")
+    config = dataclasses.replace(source.config, vision=wrong)
+    with pytest.raises(ConfigError, match=r"^model\.vision\.encoder: expected one of"):
+        make_vision_encoder(dataclasses.replace(source, config=config), 3)
 
 
 def test_a_run_on_features_has_the_losses_of_one_on_pixels(tmp_path: Path) -> None:

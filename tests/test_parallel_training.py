@@ -119,7 +119,7 @@ def make_batch(case: Case, seed: int, rows: int = 4, length: int = 8) -> Batch:
         for row, count in enumerate(num_media)
         for _ in range(count)
     ]
-    batch = Batch(ids, labels, torch.ones_like(ids), None, num_media, None, media, None, rows)
+    batch = Batch(ids, labels, torch.ones_like(ids), None, num_media, None, media, None)
     if case.has_features:
         batch.pixels, batch.features = None, media
     if case.is_packed:

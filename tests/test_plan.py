@@ -89,7 +89,6 @@ def random_batch(config: FlamingoConfig, rows: int) -> Batch:
         attend=None,
         pixels=torch.randn(rows * MEDIA, 1, 3, side, side),
         features=None,
-        num_samples=rows,
     )
 
 

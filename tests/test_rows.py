@@ -31,6 +31,7 @@ from flamingo_fast.training.rows import (  # noqa: E402
     gather,
 )
 from flamingo_fast.training.shards import Record  # noqa: E402
+from flamingo_fast.training.throughput import documents_of  # noqa: E402
 from flamingo_fast.training.transforms import Augmentation, Transform  # noqa: E402
 
 
@@ -314,7 +315,7 @@ class TestBatches:
         assert batch.num_media == [1, 1, 2, 0]
         assert batch.attend == ["previous", "next", "previous", "previous"]
         assert torch.equal(batch.pixels, torch.stack(media))
-        assert batch.num_samples == 3 and batch.loss_tokens() == 6
+        assert batch.loss_tokens() == 6
 
     def test_unpacked_rows_are_as_long_as_the_longest(self) -> None:
         rows = [[ROWS[0][1]], ROWS[1]]
@@ -324,7 +325,7 @@ class TestBatches:
         assert batch.labels.tolist() == [[-100, -100, EOC, -100], [-100, 8, -100, 9]]
         assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
         assert batch.cu_seqlens is None and batch.num_media == [1, 2]
-        assert batch.attend == ["next", "previous"] and batch.num_samples == 2
+        assert batch.attend == ["next", "previous"]
 
     def test_videos_of_other_lengths_are_a_list(self) -> None:
         media = [torch.full((1 + i, 3, 2, 2), float(i)) for i in range(4)]
@@ -362,7 +363,7 @@ def test_images_and_their_tokens_stay_together(tmp_path: Path) -> None:
         for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
         if ids[start] == IMAGE
     ]
-    assert len(documents) == len(batch.pixels) == batch.num_samples > 8
+    assert len(documents) == len(batch.pixels) == len(documents_of(batch)) > 8
     assert [each[1] - 3 for each in documents] == batch.pixels[:, 0, 0, 0, 0].int().tolist()
 
 

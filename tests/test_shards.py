@@ -194,6 +194,7 @@ def test_paths_are_expanded(tmp_path: Path) -> None:
     for path, message in (
         (f"{tmp_path}/s-{{000..003}}.tar", "there is no file .*s-003.tar"),
         (f"{tmp_path}/t-*.tar", "there is no file"),
+        (f"{tmp_path}/s-{{000..003.tar", "expected braces in pairs, got "),
         ("s3://bucket/s-000.tar", "expected a local path, got 's3://bucket/s-000.tar'"),
         ("pipe:cat s.tar", "expected a local path"),
         (str(tmp_path), "got the folder"),

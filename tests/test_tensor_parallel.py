@@ -63,7 +63,6 @@ def make_batch(rows: int, media: int, seed: int) -> Batch:
         attend=None,
         pixels=pixels,
         features=None,
-        num_samples=rows,
     )
 
 

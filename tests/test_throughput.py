@@ -42,7 +42,7 @@ def batch_of(rows: int, tokens: int, media: int = 1, frames: int = 1) -> Batch:
     ids = torch.randint(5, VOCAB, (rows, tokens))
     ids[:, :media] = IMAGE
     pixels = torch.randn(rows * media, frames, 3, 28, 28) if media else None
-    return Batch(ids, ids.clone(), None, None, [media] * rows, None, pixels, None, rows)
+    return Batch(ids, ids.clone(), None, None, [media] * rows, None, pixels, None)
 
 
 def packed(lengths: list[int], num_media: list[int], padding: int) -> Batch:
@@ -57,7 +57,7 @@ def packed(lengths: list[int], num_media: list[int], padding: int) -> Batch:
     labels = torch.cat([labels, torch.full((padding,), -100)])[None]
     boundaries = torch.tensor([*starts, starts[-1] + padding], dtype=torch.int32)
     pixels = torch.randn(sum(num_media), 1, 3, 28, 28)
-    return Batch(ids, labels, None, boundaries, [*num_media, 0], None, pixels, None, len(lengths))
+    return Batch(ids, labels, None, boundaries, [*num_media, 0], None, pixels, None)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """`flamingo-fast train` and `finetune`: what they write and print, and what mistakes look like."""
 
 import copy
+import dataclasses
 import errno
 import io
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +135,7 @@ def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stepz", 3, "stepz: there is no such field"),
         ("optimizer.lr", "fast", "optimizer.lr: expected float, got 'fast'"),
         ("device", "tpu", "device: expected"),
+        ("device", "meta", "device: expected cpu or cuda, got 'meta'"),
         ("parallel.tensor_parallel", 2, "parallel.tensor_parallel: expected a divisor of the 1 "),
         ("model", "flamingo-4b", "model: expected a preset (flamingo-3b, "),
         ("model", "no/such/folder", "model: expected a preset"),
@@ -156,6 +159,15 @@ def test_a_bad_config_is_one_line_that_names_the_key(
 ) -> None:
     _refused(run(_with(config(data, tmp_path / "out"), path, value)), because)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_broken_file_of_features_is_one_line(run: Run, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "features" / "vit_mini-28px-0"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").write_bytes(b"")
+    values = config(data, tmp_path / "out")
+    values["datasets"][0]["features"] = str(tmp_path / "features")
+    _refused(run(values), "a.safetensors: expected a file of features", code=1)
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(
@@ -216,6 +228,47 @@ def test_what_changes_no_result_may_change_and_what_fits_if_told(
     assert run(values)[0] == 2
     assert run(values, "--accept-changes")[0] == 0
     assert [line["lr"] for line in metrics(tmp_path)][1:] == [3e-3, 1e-3]
+
+
+@pytest.mark.parametrize("earlier", ["fields", "a path"])
+def test_a_model_in_a_file_is_its_fields(
+    run: Run,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    earlier: str,
+) -> None:
+    """From whatever folder, and if the file is another one by now; of runs with its path, too."""
+    monkeypatch.chdir(tmp_path)
+    model = from_dict(FlamingoConfig, MODEL, "")
+    Path("model.json").write_text(model.to_json())
+    assert run(config(data, tmp_path / "out", model="model.json", steps=1))[0] == 0
+    if earlier == "a path":
+        (extra,) = (tmp_path / "out" / "checkpoints").glob("*/extra.json")
+        values = json.loads(extra.read_text())
+        values["extra"]["config"]["model"] = "model.json"
+        extra.write_text(json.dumps(values))
+    else:
+        monkeypatch.chdir("/")
+    values = config(data, tmp_path / "out", model=str(tmp_path / "model.json"), steps=2)
+    assert run(values)[0] == 0
+    (tmp_path / "model.json").write_text(dataclasses.replace(model, p_next=0.0).to_json())
+    _refused(run(values), "model: expected {")
+    (tmp_path / "model.json").unlink()
+    tuning = finetuning(data, tmp_path / "tuned", steps=1)
+    assert run(tuning, "--from", tmp_path / "out", name="finetune")[0] == 0
+
+
+def test_a_checkpoint_whose_model_is_gone_is_named(
+    run: Run, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    values = finetuning(data, tmp_path / "second", steps=1)
+    shutil.copytree(finished / "model", tmp_path / "gone")
+    assert run(values, "--from", tmp_path / "gone", name="finetune")[0] == 0
+    shutil.rmtree(tmp_path / "gone")
+    values["out"] = str(tmp_path / "third")
+    outcome = run(values, "--from", tmp_path / "second", name="finetune")
+    _refused(outcome, f"of a run, got {tmp_path / 'second'} (model: expected a preset")
 
 
 def test_fresh_starts_over(run: Run, data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from flamingo_fast.training.config import OptimizerConfig, ParallelConfig
 from flamingo_fast.training.optimizer import global_norm, warm_up
 from flamingo_fast.training.parallel import prepare
 from flamingo_fast.training.step import TrainStep, split_batch
+from flamingo_fast.training.throughput import documents_of
 
 # With AdamW's own eps a gradient that is 0 but for rounding, as that of a key's bias is, moves its
 # weight as far as any other.
@@ -30,7 +31,7 @@ def make_batch(rows: int, seed: int, length: int = 8) -> Batch:
     labels[0, length // 2 :] = -100
     pixels = torch.randn(2 * rows, 1, 3, 8, 8, generator=generator)
     mask = torch.ones_like(ids)
-    return Batch(ids, labels, mask, None, [2] * rows, None, pixels, None, rows)
+    return Batch(ids, labels, mask, None, [2] * rows, None, pixels, None)
 
 
 def make_batches(step: int) -> dict[str, Batch]:
@@ -254,7 +255,6 @@ def test_packed_batches_are_split_by_documents():
         ["next", "next", "previous", "previous", "previous"],
         [torch.full((1, 3, 8, 8), float(index)) for index in range(4)],
         None,
-        4,
     )
     packed.labels[1, 6:] = -100
     first, second = split_batch(packed, 1)
@@ -264,7 +264,7 @@ def test_packed_batches_are_split_by_documents():
     assert first.attend == ["next", "next", "previous"]
     assert [each[0, 0, 0, 0].item() for each in second.pixels] == [2.0, 3.0]
     # In the first row one predicts, as labels of a half are left out.
-    assert (first.num_samples, second.num_samples) == (2, 1)
+    assert (len(documents_of(first)), len(documents_of(second))) == (2, 1)
     packed.cu_seqlens = torch.tensor([0, 3, 3, 7, 14, 16], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected documents that begin"):
         list(split_batch(packed, 1))

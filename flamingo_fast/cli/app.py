@@ -3,9 +3,13 @@
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     help="Fused kernels, modules and benchmarks for Flamingo.",
@@ -23,6 +27,20 @@ def check_writable(option: str, file: Path | None) -> None:
             tempfile.TemporaryFile(dir=file.parent).close()
         except OSError as error:
             raise typer.BadParameter(f"{option}: can't write {file}: {error}") from error
+
+
+def usable_device(name: str | None) -> "torch.device":
+    """The device of that name, on which something was computed; None: a GPU if there is one."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Of "meta" the value is missed alone.
+        torch.zeros(1, device=name).item()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"device: can't use {name}: {reason}") from error
+    return torch.device(name)
 
 
 def wide_console() -> Console:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flamingo_fast.cli.app import app, check_writable, wide_console
+from flamingo_fast.cli.app import app, check_writable, usable_device, wide_console
 
 if TYPE_CHECKING:
     from flamingo_fast.bench.suites import Settings
 
 _DEFAULT = ("ops", "modules", "decode")
+_STEPS = 9
 _Scale = Annotated[
     str, typer.Option(help="Of table3: full, half, mini or micro; see docs/benchmarks.md.")
 ]
@@ -69,7 +70,7 @@ def bench(
     rows: Annotated[
         str | None, typer.Option(help="Of table3: such as every_4th,mlp. Default: its 18.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of table3: of each row.")] = 9,
+    steps: Annotated[int, typer.Option(min=1, help="Of table3: of each row.")] = _STEPS,
     impl: _Impl = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Of table3: go on from rows that --out has.")
@@ -97,8 +98,7 @@ def bench(
     names = list(dict.fromkeys(suites or _DEFAULT))
     if "all" in names:
         names = list(ALL)
-    if resume and out is None:
-        raise typer.BadParameter("resume: expected --out with it, where finished rows are")
+    _check_resume(resume, out)
     out = out or runner.default_out()
     settings = Settings(
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
@@ -120,6 +120,11 @@ def bench(
     if preset is not None:
         _check_preset(preset)
     raise typer.Exit(_run(names, settings, out))
+
+
+def _check_resume(resume: bool, out: Path | None) -> None:
+    if resume and out is None:
+        raise typer.BadParameter("resume: expected --out with it, where finished rows are")
 
 
 def _split(names: str | None) -> tuple[str, ...]:
@@ -221,7 +226,8 @@ def table3(
         int | None,
         typer.Option(
             min=1,
-            help="With --scale: steps of each row, and of the baseline with it. Default: 9.",
+            help="With --scale: steps of each row, and of the baseline with it. "
+            f"Default: {_STEPS}.",
             show_default=False,
         ),
     ] = None,
@@ -268,9 +274,10 @@ def table3(
             )
         _predict(csv_file)
         return
-    if resume and out is None:
-        raise typer.BadParameter("resume: expected --out with it, where finished rows are")
-    _table3_measured(scale, _split(rows), steps or 9, device, impl, data, csv_file, out, resume)
+    _check_resume(resume, out)
+    _table3_measured(
+        scale, _split(rows), steps or _STEPS, device, impl, data, csv_file, out, resume
+    )
 
 
 def _predict(csv_file: Path | None) -> None:
@@ -297,19 +304,12 @@ def _table3_measured(
     """As `bench table3`."""
     import shutil
 
-    import torch
-
     from flamingo_fast.bench import runner
     from flamingo_fast.bench.suites import Settings
 
-    try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=target)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise typer.BadParameter(str(error).partition("\n")[0]) from error
     out = out or runner.default_out()
     settings = Settings(
-        device=target,
+        device=usable_device(device),
         scale=scale,
         rows=rows,
         pairs=steps,

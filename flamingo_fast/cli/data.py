@@ -13,7 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from flamingo_fast.cli.app import app, wide_console
+from flamingo_fast.cli.app import app, usable_device, wide_console
 
 if TYPE_CHECKING:
     from flamingo_fast.training.bad_samples import Outcomes
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 data_app = typer.Typer(
     help="Pack, check and prepare training data.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+
+_MAX_TEXT_CHARS = 100_000
+_MAX_IMAGE_PIXELS = 89_478_485
+_UNUSUAL_IMAGES = "convert"
 
 Kind = Annotated[str, typer.Argument(help="interleaved, image_text or video_text.")]
 Shards = Annotated[
@@ -88,9 +91,9 @@ def pack(
     out: Annotated[Path, typer.Argument(help="Folder for the shards; a new one.")],
     shard_size: Annotated[int, typer.Option(min=1, help="Of a shard at most so many MB.")] = 1000,
     shard_count: Annotated[int, typer.Option(min=1, help="And so many samples.")] = 10_000,
-    max_text_chars: MaxTextChars = 100_000,
-    max_image_pixels: MaxImagePixels = 89_478_485,
-    unusual_images: UnusualImages = "convert",
+    max_text_chars: MaxTextChars = _MAX_TEXT_CHARS,
+    max_image_pixels: MaxImagePixels = _MAX_IMAGE_PIXELS,
+    unusual_images: UnusualImages = _UNUSUAL_IMAGES,
     max_bad_rate: MaxBadRate = 0.1,
 ) -> None:
     """Write shards of images, videos and web pages.
@@ -129,9 +132,9 @@ def check(
         int, typer.Option(min=1, help="Of a video at most so many are decoded.")
     ] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one alone.")] = 0,
-    max_text_chars: MaxTextChars = 100_000,
-    max_image_pixels: MaxImagePixels = 89_478_485,
-    unusual_images: UnusualImages = "convert",
+    max_text_chars: MaxTextChars = _MAX_TEXT_CHARS,
+    max_image_pixels: MaxImagePixels = _MAX_IMAGE_PIXELS,
+    unusual_images: UnusualImages = _UNUSUAL_IMAGES,
     max_bad_rate: MaxBadRate = 0.1,
 ) -> None:
     """Read and decode every sample, and count the bad ones by reason.
@@ -208,30 +211,20 @@ def encode(
     What is there already is not made again, so that it may be stopped and started again. Media
     that can't be used are put down as such, with the reason.
     """
-    import torch
-
     from flamingo_fast.models.fields import ConfigError
     from flamingo_fast.models.saving import CheckpointError
-    from flamingo_fast.training.config import TrainConfig
+    from flamingo_fast.training.config import DTYPES, TrainConfig
     from flamingo_fast.training.encoding import encode_features
     from flamingo_fast.training.features import FeatureError
-    from flamingo_fast.training.model_source import find_source, make_model
-    from flamingo_fast.training.shards import ShardSet
+    from flamingo_fast.training.model_source import find_source, make_vision_encoder
 
     try:
         train = TrainConfig.from_yaml(config)
         source = find_source(train)
-        total = sum(len(ShardSet(dataset.shards)) for dataset in train.datasets)
-        encoder = make_model(source, train.seed).vision_encoder
-        device = device or train.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        try:
-            encoder.to(device, dtype)
-        except (RuntimeError, AssertionError) as error:
-            line = str(error).splitlines()[0]
-            raise typer.BadParameter(f"device: {device!r} can't be used: {line}") from error
+        target = usable_device(device or train.device)
+        encoder = make_vision_encoder(source, train.seed).to(target, DTYPES[train.precision])
         with _progress() as bar:
-            task = bar.add_task("encode", total=total)
+            task = bar.add_task("encode", total=None)
             done = encode_features(
                 train.datasets,
                 source.config.vision,
@@ -239,7 +232,7 @@ def encode(
                 out,
                 batch_size=batch_size,
                 num_threads=threads,
-                progress=lambda count: bar.advance(task, count),
+                progress=lambda count, total: bar.update(task, advance=count, total=total),
             )
     except (ConfigError, CheckpointError, FeatureError) as error:
         raise typer.BadParameter(str(error)) from error

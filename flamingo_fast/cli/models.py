@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_fast.cli.app import app, check_writable, wide_console
+from flamingo_fast.cli.app import app, check_writable, usable_device, wide_console
 
 
 @app.command()
@@ -70,24 +70,16 @@ def generate(
     ] = None,
 ) -> None:
     """Print how a model goes on after a prompt of text and images."""
-    import torch
-
     from flamingo_fast.models.folder import processor_of, prompt_parts
     from flamingo_fast.models.generation import generate as generate_tokens
     from flamingo_fast.models.saving import from_pretrained
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"device: can't use {device}: {reason}") from error
+    target = usable_device(device)
     try:
         config, processor = processor_of(model)
         parts = prompt_parts(prompt, image or [], processor.image_token)
-        batch = processor([parts], padding_side="left").to(device)
-        flamingo = from_pretrained(model, device=device, config=config)
+        batch = processor([parts], padding_side="left").to(target)
+        flamingo = from_pretrained(model, device=target, config=config)
         if (largest := int(batch.input_ids.max())) >= flamingo.num_tokens:
             raise ValueError(
                 f"{model}: expected a tokenizer of the model's {flamingo.num_tokens} tokens, got "

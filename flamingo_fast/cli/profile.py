@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 profile_app = typer.Typer(
     help="Record profiling sessions and report on them.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
 )
 app.add_typer(profile_app, name="profile")
 

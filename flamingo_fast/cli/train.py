@@ -79,6 +79,7 @@ def _run(
     from flamingo_fast.models.saving import CheckpointError
     from flamingo_fast.training.bad_samples import BadSamplesError
     from flamingo_fast.training.config import TrainConfig
+    from flamingo_fast.training.features import FeatureError
     from flamingo_fast.training.stream import StreamError
     from flamingo_fast.training.trainer import train
 
@@ -102,7 +103,7 @@ def _run(
         )
     except ConfigError as error:
         _fail(error, 2)
-    except (BadSamplesError, CheckpointError, StreamError) as error:
+    except (BadSamplesError, CheckpointError, FeatureError, StreamError) as error:
         _fail(error, 1)
     if not _is_first_rank():
         return

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+IGNORED = -100
+
 
 @dataclasses.dataclass
 class Batch:
@@ -30,7 +32,6 @@ class Batch:
             differs; None: there are no media, or features are given.
         features: in place of pixels, what a frozen vision encoder made of them: a list of
             (F, S, width), empty where there are no media. None: the encoder is to run.
-        num_samples: samples in it: documents without padding.
     """
 
     input_ids: torch.Tensor
@@ -41,7 +42,6 @@ class Batch:
     attend: list[str] | None
     pixels: torch.Tensor | list[torch.Tensor] | None
     features: list[torch.Tensor] | None
-    num_samples: int
 
     @property
     def num_rows(self) -> int:
@@ -70,4 +70,4 @@ class Batch:
 
     def loss_tokens(self) -> torch.Tensor:
         """How many tokens are predicted, int64 scalar."""
-        return (self.labels[:, 1:] != -100).sum()
+        return (self.labels[:, 1:] != IGNORED).sum()

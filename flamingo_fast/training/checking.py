@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from rich.markup import escape
@@ -49,6 +50,9 @@ def check_shards(
         num_frames: of a video at most so many are decoded.
         num_workers: processes; 0: this one.
         progress: is called with how many more were looked at.
+
+    Raises:
+        ChildProcessError: a process ended, such as for want of memory.
     """
     check = partial(_check_range, shards, kind, limits or Limits(), num_frames)
     starts = range(0, len(shards), _CHUNK)
@@ -65,10 +69,30 @@ def check_shards(
         return found
     # Not forked: the libraries that decode have threads of their own.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
-        for outcomes in pool.map(check, starts):
-            add(outcomes)
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start, (check,))
+    try:
+        with pool:
+            for outcomes in pool.map(_check_there, starts):
+                add(outcomes)
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a process that reads ended; there may be too little memory"
+        ) from None
     return found
+
+
+# Of a process that reads. With each task it would be pickled anew, and shards without an index have
+# their offsets with them.
+_check: Callable[[int], Outcomes]
+
+
+def _start(check: Callable[[int], Outcomes]) -> None:
+    global _check
+    _check = check
+
+
+def _check_there(start: int) -> Outcomes:
+    return _check(start)
 
 
 def _check_range(

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from flamingo_fast.models.saving import CheckpointError
+from flamingo_fast.models.saving import CheckpointError, some_of
 from flamingo_fast.training.pieces import checkpointable
 
 _T = TypeVar("_T")
@@ -37,8 +37,6 @@ _COMPLETE = re.compile(r"step-(\d{8,})")
 # Complete, and only to be read where the one that takes its place isn't there (yet).
 _REPLACED = re.compile(r"\.replaced-step-(\d{8,})")
 _PARTIAL = (".saving-", ".removing-")
-# Of names in an error.
-_MOST_NAMES = 3
 
 
 class SaveError(OSError):
@@ -175,13 +173,14 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint in {self.folder}")
         tensors = _flattened(state)
 
-        def begin() -> tuple[dict[str, Any], Mapping[str, Any]]:
+        def begin() -> tuple[dict[str, Any], dict[str, str]]:
             extra = _read_extra(folder)
             try:
                 saved = _Reader(folder / _STATE).read_metadata().state_dict_metadata
-            except (OSError, ValueError, LookupError, EOFError, pickle.PickleError) as error:
+                return extra, {str(name): _described(each) for name, each in saved.items()}
+            # A broken pickle makes it raise nearly anything, or is of other things.
+            except Exception as error:
                 raise CheckpointError(f"{folder}: broken checkpoint ({_one_line(error)})") from None
-            return extra, saved
 
         extra, saved = on_first_rank(begin)
         if partial:
@@ -306,26 +305,23 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def _check_same(
-    folder: Path, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, str]
 ) -> None:
     missing = [name for name in tensors if name not in saved]
     if missing:
-        raise CheckpointError(f"{folder}: expected {_names(missing)}, which are not in it")
+        raise CheckpointError(f"{folder}: expected {some_of(missing)}, which are not in it")
     unknown = [name for name in saved if name not in tensors]
     if unknown:
-        raise CheckpointError(f"{folder}: has {_names(unknown)}, which are not of this run")
+        raise CheckpointError(f"{folder}: has {some_of(unknown)}, which are not of this run")
     for name, tensor in tensors.items():
-        there = saved[name]
-        if not isinstance(there, TensorStorageMetadata):
-            raise CheckpointError(f"{folder}: {name}: expected a tensor")
-        got = f"{tuple(there.size)} {there.properties.dtype}"
-        if got != (expected := f"{tuple(tensor.shape)} {tensor.dtype}"):
-            raise CheckpointError(f"{folder}: {name}: expected {expected}, got {got}")
+        if saved[name] != (expected := f"{tuple(tensor.shape)} {tensor.dtype}"):
+            raise CheckpointError(f"{folder}: {name}: expected {expected}, got {saved[name]}")
 
 
-def _names(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+def _described(saved: Any) -> str:
+    if not isinstance(saved, TensorStorageMetadata):
+        return "no tensor"
+    return f"{tuple(saved.size)} {saved.properties.dtype}"
 
 
 def _flattened(state: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:

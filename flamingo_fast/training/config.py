@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flamingo_fast.models.config import OPTIMISATIONS
 from flamingo_fast.models.extras import require
 from flamingo_fast.models.fields import (
@@ -23,7 +25,8 @@ from flamingo_fast.models.fields import (
 
 KINDS = ("interleaved", "image_text", "video_text")
 UNUSUAL_IMAGES = ("convert", "skip")
-PRECISIONS = ("bf16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = tuple(DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +175,10 @@ class TrainConfig:
         log_every: steps between lines of metrics.
         num_workers: processes that read a dataset; 0: the one that trains.
         image_token, eoc_token: see `FlamingoProcessor`.
+        seed: of weights, of the order of samples and of what is random in a step.
+        device: "cpu", "cuda" or one GPU; None: a GPU if there is one. With torchrun each process of
+            a machine has a GPU of its own.
+        optimizer, parallel: see `OptimizerConfig` and `ParallelConfig`.
         unfreeze_vision: whether the vision encoder is trained too (section 3.2); `image_size`: of
             its images then or otherwise; None: the model's.
     """
@@ -259,19 +266,27 @@ def _read_yaml(path: str | Path) -> Any:
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         """YAML 1.2's numbers: in 1.1's 1e-4 is text. A key that is there twice is an error."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            # Of what is written: once it is constructed, `<<` has put other keys beside it.
+            node = super().compose_mapping_node(anchor)
             seen = set()
             for key, _ in node.value:
-                name = self.construct_object(key, deep=True)
-                if isinstance(name, str) and name in seen:
-                    raise ConfigError(f"{name}: expected it once, line {key.start_mark.line + 1}")
-                seen.add(str(name))
-            return super().construct_mapping(node, deep)
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"{key.value}: expected it once, line {line}")
+                seen.add((key.tag, key.value))
+            return node
 
-    number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
+    # PyYAML takes what begins with a match.
+    number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         return yaml.load(Path(path).read_text(), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    # ValueError: bytes that are no UTF-8, a date that there is not.
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: expected YAML ({reason})") from None

@@ -67,7 +67,7 @@ def encode_features(
     *,
     batch_size: int = 32,
     num_threads: int = 1,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int, int], None] = lambda count, total: None,
 ) -> Encoded:
     """Features of all images and videos, where they are not there yet.
 
@@ -78,9 +78,9 @@ def encode_features(
         config: of the encoder.
         encoder: on its device and of its dtype, which the features have.
         out: the root; the encoder's own folder is made in it.
-        batch_size: frames at once, more where one video has more.
+        batch_size: frames at once, up to one video's more: it is not split.
         num_threads: that decode.
-        progress: is called with numbers of samples.
+        progress: is called with how many more samples were read, and how many there are.
 
     Raises:
         ConfigError: an encoder that is trained, or shards that there are not.
@@ -128,16 +128,17 @@ def _tasks(
     datasets: Sequence[DatasetConfig],
     writer: FeatureWriter,
     done: Encoded,
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None],
 ) -> Iterator[_Task]:
     """Media without an entry, each once."""
     seen: set[str] = set()
-    for dataset in datasets:
+    shard_sets = [ShardSet(dataset.shards) for dataset in datasets]
+    total = sum(map(len, shard_sets))
+    for dataset, shards in zip(datasets, shard_sets, strict=True):
         limits = Limits.of(dataset)
-        shards = ShardSet(dataset.shards)
         for index in range(len(shards)):
             done.samples += 1
-            progress(1)
+            progress(1, total)
             try:
                 sample = parse(shards[index], dataset.kind, limits)
             except BadSample:

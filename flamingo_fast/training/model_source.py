@@ -16,6 +16,7 @@ from flamingo_fast.models.saving import CheckpointError, from_pretrained
 from flamingo_fast.models.vision import VisionEncoder
 from flamingo_fast.training.checkpoints import Checkpoints
 from flamingo_fast.training.config import TrainConfig, merge
+from flamingo_fast.training.optimizer import trained_buffers
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in that of a run."""
@@ -85,6 +86,23 @@ def make_model(source: ModelSource, seed: int) -> Flamingo:
         _load_trained(model, source.checkpoint)
         _change_vision(model, source.config)
         return model
+
+
+def make_vision_encoder(source: ModelSource, seed: int) -> VisionEncoder:
+    """The vision encoder of `make_model`, without the other parts where they can be spared.
+
+    Raises:
+        ConfigError, CheckpointError, FileNotFoundError: as `make_model`.
+    """
+    if source.path is not None:
+        return make_model(source, seed).vision_encoder
+    # A model's first part: it has the same weights.
+    torch.manual_seed(seed)
+    with torch.device("cpu"):
+        try:
+            return VisionEncoder(source.config.vision)
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from None
 
 
 def random_parts(source: ModelSource) -> list[str]:
@@ -199,7 +217,7 @@ def _of_folder(path: Path) -> ModelSource:
         recorded = Checkpoints(checkpoint.parent).extra(checkpoint)["config"]
         earlier = from_dict(TrainConfig, recorded, "")
         base = find_source(earlier)
-    except (FileNotFoundError, CheckpointError, KeyError) as error:
+    except (FileNotFoundError, CheckpointError, ConfigError, KeyError) as error:
         raise ConfigError(
             f"model: expected a folder of save_pretrained, of a checkpoint or of a run, got {path} "
             f"({error})"
@@ -211,11 +229,7 @@ def _load_trained(model: Flamingo, checkpoint: Path) -> None:
     """The weights that a run trained, from its checkpoint's fp32."""
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     trained = {name: torch.empty(each.shape) for name, each in parameters.items()}
-    parts = {name.partition(".")[0] for name in parameters}
-    kept = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name.partition(".")[0] in parts and name in kept:
-            trained[name] = buffer
+    trained |= trained_buffers(model)
     Checkpoints(checkpoint.parent).load({"weights": trained}, checkpoint, partial=True)
     for name, parameter in parameters.items():
         parameter.data = trained[name]

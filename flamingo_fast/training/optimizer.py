@@ -97,6 +97,18 @@ def _move_grad(master: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
+def trained_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that a state dict has, of parts with trainable parameters (batch norm's)."""
+    parameters = model.named_parameters()
+    parts = {name.partition(".")[0] for name, each in parameters if each.requires_grad}
+    kept = model.state_dict()
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.partition(".")[0] in parts and name in kept
+    }
+
+
 def make_optimizer(
     weights: Mapping[str, torch.Tensor], config: OptimizerConfig
 ) -> torch.optim.AdamW:

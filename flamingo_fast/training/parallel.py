@@ -21,10 +21,8 @@ from torch.distributed.fsdp import (
 from flamingo_fast.models.conditioning import find_layers
 from flamingo_fast.models.config import ConfigError
 from flamingo_fast.models.flamingo import Flamingo
-from flamingo_fast.training.config import PRECISIONS, ParallelConfig
+from flamingo_fast.training.config import DTYPES, PRECISIONS, ParallelConfig
 from flamingo_fast.training.tensor_parallel import fsdp_placement, parallelize
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +67,8 @@ def init_distributed(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device: expected a device of PyTorch, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu or cuda, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: expected one that is there, got {device!r} without a GPU")
     is_launched = "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
@@ -145,7 +145,7 @@ def prepare(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     ranks = make_ranks(parallel, device) if ranks is None else ranks
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     if ranks.mesh is not None and parallel.tensor_parallel > 1:
         parallelize(model, ranks.mesh["tp"])
     if parallel.activation_checkpointing:

@@ -138,7 +138,7 @@ def describe(line: Mapping[str, Any], steps: int) -> str:
     parts.append("loss " + ", ".join(f"{name} {x:.4f}" for name, x in line["loss"].items()))
     parts.append(f"grad norm {line['grad_norm']:.3g}")
     parts += [f"{value} {unit}".strip() for _, value, unit in _speeds(line)]
-    parts += [each for each in _warnings(line)]
+    parts += _warnings(line)
     return " | ".join(parts)
 
 

@@ -14,15 +14,13 @@ import torch
 from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.models.processor import FlamingoProcessor
 from flamingo_fast.training.bad_samples import BadSample
-from flamingo_fast.training.batch import Batch
+from flamingo_fast.training.batch import IGNORED, Batch
 from flamingo_fast.training.config import DatasetConfig
 from flamingo_fast.training.decoding import decode
 from flamingo_fast.training.features import FeatureCache
 from flamingo_fast.training.samples import Limits, Medium, Sample, parse
 from flamingo_fast.training.shards import Record
 from flamingo_fast.training.transforms import Augmentation, Transform
-
-IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,5 +364,4 @@ def collate(
         attend=attend or None,
         pixels=pixels,
         features=features,
-        num_samples=sum(map(len, documents)),
     )

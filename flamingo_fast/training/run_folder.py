@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flamingo_fast.models.fields import ConfigError
+from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.training.config import TrainConfig
 from flamingo_fast.training.model_source import CHECKPOINTS, ModelSource
 
@@ -80,11 +80,23 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def recorded(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
-    """The config as plain values, for checkpoints; `model` is the path that `source` found."""
+    """The config as plain values, for checkpoints.
+
+    `model` is the path that `source` found, or the fields of the file that it names.
+    """
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     if source.path is not None and isinstance(config.model, str):
         values["model"] = str(source.path.resolve())
-    return values
+    return values | {"model": _anywhere(values["model"])}
+
+
+def _anywhere(model: Any) -> Any:
+    """What names the same model from any folder, and shows where its file is another one."""
+    if isinstance(model, dict) and "folder" in model:
+        return model | {"folder": str(Path(str(model["folder"])).resolve())}
+    if isinstance(model, str) and Path(model).is_file():
+        return json.loads(FlamingoConfig.from_file(model).to_json())
+    return model
 
 
 def check_same_run(
@@ -96,6 +108,8 @@ def check_same_run(
         ConfigError: the fields that are others, by name, and what they were.
     """
     old, new = dict(_flat(earlier)), dict(_flat(now))
+    # A run of before fields were recorded has the name of their file.
+    old["model"] = _anywhere(old["model"])
     # Of fields that another version had there is nothing to compare.
     common = [name for name in old if name in new]
     changed = [name for name in common if old[name] != new[name] and not _is_of(name, _FREE)]

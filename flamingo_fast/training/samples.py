@@ -14,7 +14,6 @@ Other fields and members are left alone.
 """
 
 import base64
-import binascii
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -47,9 +46,9 @@ _MMC4_JOIN = " "
 class Limits:
     """What makes a sample a bad one; see `DatasetConfig`."""
 
-    max_text_chars: int = 100_000
-    max_image_pixels: int = 89_478_485
-    unusual_images: str = "convert"
+    max_text_chars: int = DatasetConfig.max_text_chars
+    max_image_pixels: int = DatasetConfig.max_image_pixels
+    unusual_images: str = DatasetConfig.unusual_images
 
     @classmethod
     def of(cls, config: DatasetConfig) -> "Limits":
@@ -111,9 +110,7 @@ def _pair(record: Record, is_video: bool, limits: Limits) -> tuple[str | Medium,
     found = [suffix for suffix in suffixes if suffix in record.members]
     names = ", ".join(sorted(record.members)) or "nothing"
     if not found:
-        raise BadSample(
-            "missing_member", f"expected an {' or '.join(suffixes)} member, got {names}"
-        )
+        raise BadSample("missing_member", f"expected a member {' or '.join(suffixes)}, got {names}")
     if len(found) > 1:
         raise BadSample("duplicate_member", f"expected one {what}, got {', '.join(found)}")
     if "txt" in record.members:
@@ -209,7 +206,7 @@ def _mmc4_image(record: Record, info: dict[str, Any], where: str) -> Medium:
     if isinstance(encoded, str):
         try:
             data = base64.b64decode(encoded)
-        except (binascii.Error, ValueError) as error:
+        except ValueError as error:
             raise BadSample(
                 "wrong_json_shape", f"expected base64 as {where}.image_base64: {error}"
             ) from None

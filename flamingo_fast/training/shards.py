@@ -174,15 +174,18 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     """Files of paths with {000..127} and wildcards.
 
     Raises:
-        ConfigError: one that there is not, or that is not local.
+        ConfigError: one that there is not, or that is not local; braces that don't match.
     """
-    braceexpand = require("braceexpand", "train").braceexpand
+    braces = require("braceexpand", "train")
     found: list[str] = []
     for pattern in paths:
         if _REMOTE.match(pattern) and not os.path.exists(pattern):
             raise ConfigError(f"shards: expected a local path, got {pattern!r}")
         # A file may have such characters in its name.
-        expanded = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
+        try:
+            expanded = [pattern] if os.path.exists(pattern) else list(braces.braceexpand(pattern))
+        except braces.UnbalancedBracesError:
+            raise ConfigError(f"shards: expected braces in pairs, got {pattern!r}") from None
         for path in expanded:
             files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
             if not files:

@@ -26,6 +26,7 @@ from flamingo_fast.training.optimizer import (
     global_norm,
     local,
     make_optimizer,
+    trained_buffers,
     warm_up,
 )
 
@@ -120,7 +121,7 @@ class TrainStep:
         self._optimizer = make_optimizer(self._masters.weights, optimizer)
         self._device = next(iter(self._masters.weights.values())).device
         # A forward changes these before anyone knows whether its loss is finite.
-        self._statistics = [*self._trained_buffers().values()]
+        self._statistics = [*trained_buffers(model).values()]
 
     def __call__(self, batches: Mapping[str, Batch]) -> StepResult:
         """One step.
@@ -192,7 +193,7 @@ class TrainStep:
         return {
             "weights": {
                 **{name: each.detach() for name, each in self._masters.weights.items()},
-                **self._trained_buffers(),
+                **trained_buffers(self.model),
             },
             **moments,
             "counters": torch.tensor(counters, dtype=torch.int64),
@@ -313,16 +314,6 @@ class TrainStep:
             elif self._dp_group is not None:
                 dist.broadcast(statistic, group=self._dp_group, group_src=0)
 
-    def _trained_buffers(self) -> dict[str, torch.Tensor]:
-        """Those that a state dict has, of parts with trained parameters (batch norm's)."""
-        parts = {name.partition(".")[0] for name in self._masters.parameters}
-        kept = self.model.state_dict()
-        return {
-            name: buffer
-            for name, buffer in self.model.named_buffers()
-            if name.partition(".")[0] in parts and name in kept
-        }
-
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
@@ -357,10 +348,9 @@ def split_batch(batch: Batch, rows: int | None) -> Iterator[Batch]:
                 )
         of_rows, of_media = slice(start, stop), slice(ends[first], ends[last])
         has_media = ends[last] > ends[first]
-        labels = batch.labels[of_rows]
         yield Batch(
             input_ids=batch.input_ids[of_rows],
-            labels=labels,
+            labels=batch.labels[of_rows],
             attention_mask=None if batch.attention_mask is None else batch.attention_mask[of_rows],
             cu_seqlens=cu_seqlens,
             num_media=batch.num_media[first:last],
@@ -368,14 +358,4 @@ def split_batch(batch: Batch, rows: int | None) -> Iterator[Batch]:
             pixels=batch.pixels[of_media] if batch.pixels is not None and has_media else None,
             # Empty, it still says that the vision encoder is not to run: it doesn't on other ranks.
             features=None if batch.features is None else batch.features[of_media],
-            num_samples=_num_samples(labels, cu_seqlens),
         )
-
-
-def _num_samples(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    """Documents that predict something: padding does not."""
-    if cu_seqlens is None:
-        return labels.shape[0]
-    so_far = (labels != -100).flatten().cumsum(0).cpu()
-    at_ends = torch.cat([so_far.new_zeros(1), so_far])[cu_seqlens.long()]
-    return int((at_ends.diff() > 0).sum())

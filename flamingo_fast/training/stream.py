@@ -383,6 +383,7 @@ def make_stream(
 
     Raises:
         ConfigError: shards that there are not, or tokens with other ids than in `model`, and so on.
+        FeatureError: a broken file of features.
         ImportError: an extra that is not installed.
     """
     processor = FlamingoProcessor.of(

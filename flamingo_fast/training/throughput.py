@@ -14,7 +14,7 @@ import torch
 from flamingo_fast.gpus import GPUS
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.models.work import Document, LanguageModelSizes, pass_flops
-from flamingo_fast.training.batch import Batch
+from flamingo_fast.training.batch import IGNORED, Batch
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Of the matrices that tell a device's peak where no data sheet does.
@@ -95,7 +95,7 @@ def documents_of(batch: Batch) -> list[Document]:
         # Padding at the end of a row is a document without media of which nothing is predicted.
         # So may a text be that is one token long; it is as good as none.
         is_predicted = torch.zeros(num_rows * length + 1, dtype=torch.int64)
-        is_predicted[1:] = (batch.labels.flatten() != -100).cpu().cumsum(0)
+        is_predicted[1:] = (batch.labels.flatten() != IGNORED).cpu().cumsum(0)
         boundaries = batch.cu_seqlens.long()
         predicted = is_predicted[boundaries].diff().tolist()
     elif batch.attention_mask is not None:

@@ -20,7 +20,7 @@ from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.ranges import span
 from flamingo_fast.training.bad_samples import REASONS, BadSamplesError, Outcomes
 from flamingo_fast.training.checkpoints import Checkpoints, on_first_rank
-from flamingo_fast.training.config import DatasetConfig, TrainConfig
+from flamingo_fast.training.config import DTYPES, DatasetConfig, TrainConfig
 from flamingo_fast.training.export import export
 from flamingo_fast.training.features import find_folder, fingerprint
 from flamingo_fast.training.model_source import (
@@ -47,8 +47,6 @@ from flamingo_fast.training.run_folder import (
 from flamingo_fast.training.step import TrainStep
 from flamingo_fast.training.stream import Stream, make_stream, merge_states
 from flamingo_fast.training.throughput import Amount, WorkCounter, peak_flops, utilisation
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +93,7 @@ def train(
         BadSamplesError: too many bad samples; a checkpoint was written.
         SaveError: a checkpoint can't be written; earlier ones are still there.
         CheckpointError: a checkpoint or weights that are broken, or not of this model.
+        FeatureError: a broken file of features.
         StreamError: a dataset that can't be read on.
         OSError: `out` can't be written, or another run has it.
     """
@@ -158,7 +157,7 @@ class _Run:
             dp_group=self._ranks.dp_group,
         )
         self._counter = WorkCounter(self._model)
-        self._peak_flops = peak_flops(device, _DTYPES[config.precision])
+        self._peak_flops = peak_flops(device, DTYPES[config.precision])
         self._interval = Interval()
         if self._checkpoint is not None and extra is not None:
             self._resume(self._checkpoint, extra)
@@ -314,7 +313,7 @@ class _Run:
 
     def _save_model(self) -> None:
         # Of what `train` was interrupted in, the same command writes it.
-        export(self._model, self._tokenizer, self._out / MODEL, _DTYPES[self._config.precision])
+        export(self._model, self._tokenizer, self._out / MODEL, DTYPES[self._config.precision])
 
     def _take_folder(self, fresh: bool) -> None:
         self._resources.enter_context(contextlib.closing(Lock(self._out)))

@@ -318,15 +318,15 @@ def _rows(source: Path) -> Iterator[Record]:
     # Bytes that are no UTF-8 make their own sample a bad one, not all of them.
     with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter)
-        columns = rows.fieldnames or ()
-        if not {"path", "text"} <= set(columns):
-            raise SourceError(
-                f"source: expected columns path and text in {source}, got "
-                f"{', '.join(map(repr, columns)) or 'none'}"
-            )
         # Its default stops at a long text, which is a bad sample like any other.
         before = csv.field_size_limit(1 << 30)
         try:
+            columns = rows.fieldnames or ()
+            if not {"path", "text"} <= set(columns):
+                names = ", ".join(f"{each!r:.100}" for each in columns) or "none"
+                raise SourceError(
+                    f"source: expected columns path and text in {source}, got {names}"
+                )
             for row in rows:
                 key = f"line {rows.line_num}"
                 yield _listed(key, source, row["path"] or "", row["text"] or "")

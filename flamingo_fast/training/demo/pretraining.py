@@ -16,6 +16,7 @@ from flamingo_fast.models.chinchilla import ChinchillaLM
 from flamingo_fast.models.config import LanguageModelConfig, VisionConfig
 from flamingo_fast.models.vision import VisionEncoder
 from flamingo_fast.ops.linear_cross_entropy import linear_cross_entropy
+from flamingo_fast.training.batch import IGNORED
 from flamingo_fast.training.demo.language import corpus_document
 
 Progress = Callable[[str], None]
@@ -63,7 +64,7 @@ def pretrain_language_model(
         shortest = min(map(len, ids))
         input_ids = torch.tensor([each[:shortest] for each in ids])
         hidden = model.model(input_ids).last_hidden_state
-        labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+        labels = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
         loss = linear_cross_entropy(hidden, model.get_output_embeddings().weight, None, labels)
         _update(loss, optimizer, model.parameters())
         losses.append(loss.item())
