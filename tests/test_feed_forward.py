@@ -188,8 +188,8 @@ def test_compiled(gate):
 def test_no_double_backward(impl):
     inputs = inputs_of()
     out = ours(*inputs.values(), impl=impl)
-    (dx,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (dx,) = torch.autograd.grad(out.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="feed_forward: its gradients have no gradients"):
         dx.sum().backward()
 
 

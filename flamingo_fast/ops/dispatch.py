@@ -1,6 +1,7 @@
 """Which implementation of an op runs, and how ops are registered with PyTorch."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -171,6 +172,50 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if wants_grad or is_differentiated_otherwise():
         return function.apply(*arguments)
     return function.forward(_NoContext(arguments), *arguments)
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """The identity, through which no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, dgradient: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: its gradients have no gradients of their own (create_graph=True); "
+            'impl="reference" has them'
+        )
+
+
+def differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the backward of an autograd.Function, of the op `name`: a second one raises.
+
+    PyTorch's once_differentiable does so only where a gradient that came in needs one itself. That
+    of a sum doesn't, and what depends on the op's gradient then counts as a constant, silently.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def call(ctx: Any, *douts: Any) -> Any:
+            with torch.no_grad():
+                gradients = backward(ctx, *douts)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return gradients
+            several = isinstance(gradients, tuple)
+            marked = tuple(
+                _Undifferentiable.apply(each.detach().requires_grad_(), name)
+                if isinstance(each, torch.Tensor)
+                else each
+                for each in (gradients if several else (gradients,))
+            )
+            return marked if several else marked[0]
+
+        return call
+
+    return decorate
 
 
 def empty_gradient(

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast.ops.checks import check_floating, check_parameter, check_rows, one_of
 from flamingo_fast.ops.cpu import as_matrix
-from flamingo_fast.ops.dispatch import apply, autocast_dtype, choose_impl
+from flamingo_fast.ops.dispatch import apply, autocast_dtype, choose_impl, differentiable_once
 from flamingo_fast.ops.gated_residual import (
     gated_residual,
     gated_residual_backward_op,
@@ -81,7 +80,7 @@ class _FeedForwardFn(torch.autograd.Function):
         return gated_residual_forward_op(residual, out, gate, impl)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("feed_forward")
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, x, hidden, weight_up, weight_down, bias_down = ctx.saved_tensors
         needs = ctx.needs_input_grad

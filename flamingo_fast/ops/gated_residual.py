@@ -3,12 +3,17 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
 from flamingo_fast.ops.checks import check_like, check_parameter, check_rows
-from flamingo_fast.ops.dispatch import apply, empty_gradient, register_op, resolve_impl
+from flamingo_fast.ops.dispatch import (
+    apply,
+    differentiable_once,
+    empty_gradient,
+    register_op,
+    resolve_impl,
+)
 
 
 def _forward(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, impl: str) -> torch.Tensor:
@@ -70,7 +75,7 @@ class _GatedResidualFn(torch.autograd.Function):
         return gated_residual_forward_op(x, y, gate, impl)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("gated_residual")
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y, gate = ctx.saved_tensors
         need_dx, need_dy, need_dgate, _ = ctx.needs_input_grad

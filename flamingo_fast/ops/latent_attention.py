@@ -6,7 +6,6 @@ The backward needs the inputs, the output and the softmax's log-sum of each row.
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast import reference
 from flamingo_fast.layout import MediaLayout
@@ -20,7 +19,7 @@ from flamingo_fast.ops.attention_gradients import (
     separate,
 )
 from flamingo_fast.ops.checks import check_latent_inputs
-from flamingo_fast.ops.dispatch import VARLEN_IMPLS, apply, register_op
+from flamingo_fast.ops.dispatch import VARLEN_IMPLS, apply, differentiable_once, register_op
 from flamingo_fast.ops.other_attention import choose_attention, library_attention
 from flamingo_fast.ops.sdpa_attention import sdpa_attention
 
@@ -178,7 +177,7 @@ class _LatentAttentionFn(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("latent_attention")
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k_media, v_media, k_latents, v_latents, media_seqlens, out, lse = ctx.saved_tensors
         need_dq, *need_media, need_dk_latents, need_dv_latents = ctx.needs_input_grad[:5]

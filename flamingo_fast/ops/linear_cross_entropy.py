@@ -22,7 +22,13 @@ from flamingo_fast.ops.checks import (
     check_rows,
     one_of,
 )
-from flamingo_fast.ops.dispatch import apply, autocast_dtype, choose_impl, register_op
+from flamingo_fast.ops.dispatch import (
+    apply,
+    autocast_dtype,
+    choose_impl,
+    differentiable_once,
+    register_op,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 _IMPLS = ("auto", "torch", "reference")
@@ -353,13 +359,8 @@ class _LinearCrossEntropyFn(torch.autograd.Function):
         return losses.sum() if count is None else losses.sum() / count
 
     @staticmethod
+    @differentiable_once("linear_cross_entropy")
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # once_differentiable is silent where dloss itself needs no gradient, as that of a loss.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "linear_cross_entropy: its gradients have no gradients of their own "
-                '(create_graph=True); impl="reference" has them'
-            )
         gradients: list[torch.Tensor | None]
         if ctx.recomputes:
             inputs = ctx.saved_tensors

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
@@ -16,6 +15,7 @@ from flamingo_fast.ops.checks import check_eps, check_like, check_parameter, che
 from flamingo_fast.ops.dispatch import (
     apply,
     autocast_dtype,
+    differentiable_once,
     empty_gradient,
     register_op,
     resolve_impl,
@@ -127,7 +127,7 @@ class _NormFn(torch.autograd.Function):
         return normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("layer_norm or rms_norm")
     def backward(ctx: Any, dnormed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -260,7 +260,7 @@ class _GatedResidualNormFn(torch.autograd.Function):
         return residual, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("gated_residual_norm")
     def backward(
         ctx: Any, dresidual: torch.Tensor | None, dnormed: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -7,7 +7,6 @@ that grows with L * N.
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops import cpu_attention
@@ -18,7 +17,7 @@ from flamingo_fast.ops.attention_gradients import (
     of_one_projection,
     separate,
 )
-from flamingo_fast.ops.dispatch import apply, register_op
+from flamingo_fast.ops.dispatch import apply, differentiable_once, register_op
 from flamingo_fast.schedule import num_slots
 
 
@@ -177,7 +176,7 @@ class _OneMediumAttentionFn(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("masked_cross_attention")
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, lse, work_items, split_media, row_index, media_seqlens = ctx.saved_tensors
         need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]

@@ -6,7 +6,6 @@ The backward needs q, k, v, the output and the softmax's log-sum of each row.
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.ops import cpu_several_media
@@ -18,7 +17,7 @@ from flamingo_fast.ops.attention_gradients import (
     positive_scale,
     separate,
 )
-from flamingo_fast.ops.dispatch import apply, register_op
+from flamingo_fast.ops.dispatch import apply, differentiable_once, register_op
 
 
 def _forward(
@@ -260,7 +259,7 @@ class _SeveralMediaAttentionFn(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("masked_cross_attention")
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
         need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flamingo_fast import reference
 from flamingo_fast.ops import cpu
 from flamingo_fast.ops.checks import check_floating
-from flamingo_fast.ops.dispatch import apply, register_op, resolve_impl
+from flamingo_fast.ops.dispatch import apply, differentiable_once, register_op, resolve_impl
 
 
 def _forward(x: torch.Tensor, impl: str) -> torch.Tensor:
@@ -47,7 +46,7 @@ class _SquaredReluFn(torch.autograd.Function):
         return squared_relu_forward_op(x, impl)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("squared_relu")
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         return squared_relu_backward_op(x, dout, ctx.impl), None
