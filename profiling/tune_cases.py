@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 import flamingo_fast
-from flamingo_fast.bench.attention import media_layout
-from flamingo_fast.bench.registry import normal
+from flamingo_fast.layout import MediaLayout
 
 Inputs = dict[str, torch.Tensor]
 
@@ -43,6 +42,14 @@ class Case:
     checked_batch: int = 1
 
 
+# Not `bench.registry`'s: that imports Triton, before `tune` has chosen its interpreter.
+def _normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int
+) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
 def _masked_cross_attention(
     batch: int,
     dtype: torch.dtype,
@@ -57,14 +64,19 @@ def _masked_cross_attention(
     attend: str = "previous",
     frozen: bool = False,
 ) -> Call:
-    layout = media_layout((batch, seqlen, media), device, even=True, attend=attend)
+    """Images at even distances; a text shorter than their number is the last tokens of it."""
+    length = max(seqlen, media)
+    locations = torch.zeros(batch, length, dtype=torch.bool)
+    locations[:, torch.arange(media) * length // media] = True
+    layout = MediaLayout.from_media_locations(locations, media, attend)
+    layout = (layout if length == seqlen else layout.last(seqlen)).to(device)
     media_shape = (batch * media, num_keys, 2, kv_heads or heads, head_dim)
-    k, v = normal(media_shape, dtype, device, seed=1).unbind(2)
-    q = normal((batch, seqlen, heads, head_dim), dtype, device, seed=0)
+    k, v = _normal(media_shape, dtype, device, seed=1).unbind(2)
+    q = _normal((batch, seqlen, heads, head_dim), dtype, device, seed=0)
     inputs = {"q": q.requires_grad_()}
     inputs |= {"k": k.requires_grad_(not frozen), "v": v.requires_grad_(not frozen)}
     function = functools.partial(flamingo_fast.masked_cross_attention, layout=layout)
-    return Call(inputs, function, {"out": normal(tuple(q.shape), dtype, device, seed=2)})
+    return Call(inputs, function, {"out": _normal(tuple(q.shape), dtype, device, seed=2)})
 
 
 def _latent_attention(
@@ -78,13 +90,13 @@ def _latent_attention(
     head_dim: int,
     kv_heads: int | None = None,
 ) -> Call:
-    q = normal((batch, latents, heads, head_dim), dtype, device, seed=0)
+    q = _normal((batch, latents, heads, head_dim), dtype, device, seed=0)
     inputs = {"q": q.requires_grad_()}
     for seed, (name, count) in enumerate((("media", features), ("latents", latents)), start=1):
         shape = (batch, count, 2, kv_heads or heads, head_dim)
-        k, v = normal(shape, dtype, device, seed=seed).unbind(2)
+        k, v = _normal(shape, dtype, device, seed).unbind(2)
         inputs |= {f"k_{name}": k.requires_grad_(), f"v_{name}": v.requires_grad_()}
-    gradients = {"out": normal(tuple(q.shape), dtype, device, seed=3)}
+    gradients = {"out": _normal(tuple(q.shape), dtype, device, seed=3)}
     return Call(inputs, flamingo_fast.latent_attention, gradients)
 
 
@@ -92,11 +104,11 @@ def _norm(batch: int, dtype: torch.dtype, device: torch.device, *, seqlen: int, 
     """Of a gated residual, as between the halves of a gated block; norms alone have its tiles."""
 
     def values(seed: int) -> torch.Tensor:
-        return normal((batch, seqlen, width), dtype, device, seed=seed)
+        return _normal((batch, seqlen, width), dtype, device, seed)
 
     inputs = {"x": values(0), "y": values(1), "gate": torch.full((1,), 0.5, device=device)}
     for seed, name in enumerate(("weight", "bias"), start=2):
-        inputs[name] = normal((width,), torch.float32, device, seed=seed)
+        inputs[name] = _normal((width,), torch.float32, device, seed)
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     function = functools.partial(flamingo_fast.gated_residual_norm, eps=1e-5, norm="layer")
     return Call(inputs, function, {"residual": values(4), "normed": values(5)})
