@@ -23,6 +23,7 @@ from flamingo_fast.bench.registry import (
     Unavailable,
     compile_afresh,
     normal,
+    of_peer,
     require_inductor,
 )
 from flamingo_fast.layout import MediaLayout
@@ -242,10 +243,7 @@ def build_open_flamingo(case: Case, compiled: bool, *, immediate: bool) -> Funct
         immediate: its option to attend to the last image alone, not to all before.
     """
     check_eager(case, compiled)
-    try:
-        module = peers.open_flamingo()
-    except ImportError as error:
-        raise Unavailable(str(error)) from None
+    module = of_peer(peers.open_flamingo)
     _, seqlen, media, heads, head_dim, _ = case.shape
     attention = module.MaskedCrossAttention(
         dim=1, dim_visual=1, dim_head=head_dim, heads=heads, only_attend_immediate_media=immediate

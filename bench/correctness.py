@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from flamingo_fast.bench.registry import Case, Floor, Function
+from flamingo_fast.errors import one_line
 
 # Of the reference's RMS and of its largest value: a few times what rounding after every step of an
 # eager composition costs. A missing term or one wrong row costs far more.
@@ -20,7 +21,7 @@ def problems(case: Case, function: Function, mode: str) -> list[str]:
         actual = case.results(function, mode)
     # Whatever a provider throws is one more way of being wrong; the others are still measured.
     except Exception as error:
-        return [f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"]
+        return [one_line(error)]
     return disagreements(actual, case.expected)
 
 

@@ -66,10 +66,15 @@ class Measured:
 
 @dataclasses.dataclass
 class Results:
-    """What came of a run; of a case that disagrees there is a failure and no number."""
+    """What came of a run; of a case that disagrees there is a failure and no number.
+
+    Attributes:
+        sizes: of the models; `run` sets them.
+    """
 
     measured: list[Measured] = dataclasses.field(default_factory=list)
     failures: list[str] = dataclasses.field(default_factory=list)
+    sizes: Sizes = SIZES
 
 
 def build_pair(sizes: Sizes, device: torch.device) -> tuple[Flamingo, nn.Module]:
@@ -109,6 +114,7 @@ def run(
         ImportError: as `build_pair`.
     """
     progress("end to end: building")
+    results.sizes = sizes
     ours, theirs = build_pair(sizes, device)
     clock = device_clock(device)
     progress("end to end: training step")
@@ -321,7 +327,7 @@ def table(results: Results) -> Table:
                 *reversed(peaks),
             ]
         )
-    sizes = SIZES
+    sizes = results.sizes
     return Table(
         "A mini Flamingo, ours and out of OpenFlamingo's classes",
         (
@@ -343,7 +349,8 @@ def sentences(results: Results) -> list[str]:
     """What it comes to."""
     found = []
     for each in results.measured:
-        if each.peak_bytes:
+        if each.is_training:
+            assert each.peak_bytes is not None, "of a training step it is measured"
             ours, theirs = each.peak_bytes
             found.append(
                 "A training step of a mini Flamingo takes "
@@ -351,7 +358,7 @@ def sentences(results: Results) -> list[str]:
                 "OpenFlamingo's classes, and holds "
                 f"{ours / theirs:.2f} of the memory."
             )
-    if decoding := [each for each in results.measured if not each.peak_bytes]:
+    if decoding := [each for each in results.measured if not each.is_training]:
         last = decoding[-1]
         found.append(
             f"A new token ({last.name}) takes 1 / {statistics.median(last.speedups):.2f} of theirs."

@@ -33,6 +33,16 @@ def _along(shape: Shape, index: int, sizes: Sequence[int]) -> tuple[Shape, ...]:
 
 
 _DOUBLING = (1, 2, 4, 8, 16, 32, 64, 128)
+_SEVERAL_MEDIA = Growth(
+    (
+        *_along((1, 2048, 1, 8, 64, 64), 2, (1, 4, 16, 64)),
+        *_along((1, 2048, 16, 8, 64, 64), 1, (256, 1024, 4096)),
+    ),
+    (
+        *_along((1, 128, 1, 2, 32, 16), 2, (1, 4)),
+        *_along((1, 128, 4, 2, 32, 16), 1, (64,)),
+    ),
+)
 
 GROWTH: Mapping[str, Growth] = {
     attention.NAME: Growth(
@@ -42,12 +52,8 @@ GROWTH: Mapping[str, Growth] = {
         ),
         _along((1, 128, 1, 2, 32, 16), 2, (1, 4)),
     ),
-    several_media.ALL_PREVIOUS: Growth(
-        several_media.growth_shapes(False), several_media.growth_shapes(True)
-    ),
-    several_media.SPARSE: Growth(
-        several_media.growth_shapes(False), several_media.growth_shapes(True)
-    ),
+    several_media.ALL_PREVIOUS: _SEVERAL_MEDIA,
+    several_media.SPARSE: _SEVERAL_MEDIA,
     "GatedCrossAttentionBlock": Growth(
         _along((1, 256, 5, 512, 512), 0, (1, 2, 4, 8, 16)),
         _along((1, 16, 2, 32, 32), 0, (1, 2)),

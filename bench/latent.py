@@ -17,7 +17,7 @@ from flamingo_fast.bench.registry import (
     Unavailable,
     normal,
 )
-from flamingo_fast.bench.work import Work
+from flamingo_fast.bench.work import Work, attention, of_mode
 from flamingo_fast.ops.dispatch import VARLEN_IMPLS
 from flamingo_fast.ops.latent_attention import of_one_source
 from flamingo_fast.ops.varlen_attention import why_not
@@ -46,10 +46,10 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str,
     return inputs | {"media_seqlens": None if lengths is None else lengths.to(device)}
 
 
-def _call(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
-    def attend(*inputs: Any, **more: Any) -> torch.Tensor:
+def _call(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def attend(*inputs: Any, **options: Any) -> torch.Tensor:
         *tensors, lengths = inputs
-        return function(*tensors, media_seqlens=lengths, **options, **more)
+        return function(*tensors, media_seqlens=lengths, **options)
 
     return attend
 
@@ -94,31 +94,20 @@ def _library(impl: str) -> Provider:
 
 
 def attention_work(shape: Shape, itemsize: int, mode: str) -> Work:
-    """Useful work: every tensor once, but of keys and values only what is valid is read.
+    """Useful work: of keys and values only what is valid is read. The lengths are left out.
 
-    Products are of (latent, valid key) pairs, two forward and five backward. Modes are also
-    "fwd_lse", a forward that saves the softmax's log-sum for the backward, and "bwd". The lengths
-    are left out.
+    `mode`: as in `work.attention`.
     """
     batch, latents, num_keys, heads, kv_heads, head_dim, _ = shape
     lengths = media_seqlens(shape)
     valid = batch * num_keys if lengths is None else int(lengths.sum())
     rows = batch * latents * heads
-    row_bytes, lse = rows * head_dim * itemsize, 4 * rows
+    row_bytes = rows * head_dim * itemsize
     key_bytes = 2 * kv_heads * head_dim * itemsize
     read_bytes = (valid + batch * latents) * key_bytes
     all_bytes = batch * (num_keys + latents) * key_bytes
-    scores, elements = latents * heads * (valid + batch * latents), rows * head_dim
-    product = 2 * scores * head_dim
-    fwd = Work(row_bytes + read_bytes, row_bytes, 5 * scores + elements, 2 * product)
-    fwd_lse = fwd + Work(0, lse, 0)
-    bwd = Work(
-        2 * row_bytes + read_bytes + lse,
-        row_bytes + all_bytes,
-        7 * scores + elements,
-        5 * product,
-    )
-    return {"fwd": fwd, "fwd_lse": fwd_lse, "bwd": bwd, "fwd_bwd": fwd_lse + bwd}[mode]
+    scores = latents * heads * (valid + batch * latents)
+    return attention(row_bytes, read_bytes, all_bytes, scores, rows, head_dim, mode)
 
 
 def eager_work(shape: Shape, itemsize: int, mode: str) -> Work:
@@ -147,7 +136,7 @@ def eager_work(shape: Shape, itemsize: int, mode: str) -> Work:
         7 * scores,
         4 * product,
     )
-    return {"fwd": fwd, "bwd": bwd, "fwd_bwd": fwd + bwd}[mode]
+    return of_mode(mode, fwd, bwd)
 
 
 BENCHMARKS = {

@@ -41,10 +41,6 @@ class Attention:
         lengths = (self.num_keys,) * self.batch if self.lengths is None else self.lengths
         return [min(max(length, 0), self.num_keys) for length in lengths]
 
-    def of_heads(self, work: Work) -> Work:
-        heads = self.kv_heads
-        return Work(heads * work.loaded, heads * work.stored, 0, heads * work.matmul_flops)
-
 
 def _walk(call: Attention, constexprs: Mapping[str, Any], dots: int, keys: int) -> Work:
     """Keys of one source that the blocks of rows of a medium load and multiply."""
@@ -54,7 +50,7 @@ def _walk(call: Attention, constexprs: Mapping[str, Any], dots: int, keys: int) 
     return Work(blocks * 2 * keys * call.row_bytes, 0, 0, blocks * -(-keys // block_n) * flops)
 
 
-def _valid_of_split(call: Attention, valid: int, split: int, num_splits: int, keys: int) -> int:
+def _valid_of_split(valid: int, split: int, num_splits: int, keys: int) -> int:
     return valid if num_splits == 1 else min(max(valid - split * keys, 0), keys)
 
 
@@ -70,14 +66,14 @@ def forward_work(call: Attention, constexprs: Mapping[str, Any], num_splits: int
     total = Work(0, call.batch * rows * (call.row_bytes + log_sums), 0)
     for valid in call.valid_keys():
         for split in range(num_splits):
-            media = _valid_of_split(call, valid, split, num_splits, constexprs["SPLIT_KEYS"])
+            media = _valid_of_split(valid, split, num_splits, constexprs["SPLIT_KEYS"])
             latents = call.latents if split == num_splits - 1 else 0
             total += Work(rows * call.row_bytes, 0, 0)
             total += _walk(call, constexprs, 2, media) + _walk(call, constexprs, 2, latents)
             if num_splits > 1:
                 sums = rows * call.head_dim * 4 if media + latents else 0
                 total += Work(rows * 8 + sums, rows * 8 + sums, 0)
-    return call.of_heads(total)
+    return total * call.kv_heads
 
 
 def backward_work(call: Attention, constexprs: Mapping[str, Any], num_splits: int) -> Work:
@@ -93,7 +89,7 @@ def backward_work(call: Attention, constexprs: Mapping[str, Any], num_splits: in
     for valid in call.valid_keys():
         total += Work(0, rows * (delta + (call.row_bytes if need_dq else 0)), 0)
         for split in range(num_splits):
-            media = _valid_of_split(call, valid, split, num_splits, constexprs["SPLIT_KEYS"])
+            media = _valid_of_split(valid, split, num_splits, constexprs["SPLIT_KEYS"])
             latents = call.latents if split == num_splits - 1 else 0
             total += Work(2 * rows * call.row_bytes, 0, 0)
             if need_dq or any(needs):
@@ -107,7 +103,7 @@ def backward_work(call: Attention, constexprs: Mapping[str, Any], num_splits: in
                 total += Work(sums, sums, 0)
         stored = needs[0] * call.num_keys + needs[1] * call.latents
         total += Work(0, 2 * stored * call.row_bytes, 0)
-    return call.of_heads(total)
+    return total * call.kv_heads
 
 
 def dkv_work(call: Attention, constexprs: Mapping[str, Any]) -> Work:
@@ -130,4 +126,4 @@ def dkv_work(call: Attention, constexprs: Mapping[str, Any]) -> Work:
                 0,
                 tiles * flops,
             )
-    return call.of_heads(total)
+    return total * call.kv_heads

@@ -23,6 +23,7 @@ from flamingo_fast.bench.registry import (
     Shape,
     Unavailable,
     normal,
+    of_peer,
 )
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.modules import GatedCrossAttentionBlock, MaskedCrossAttention, PerceiverResampler
@@ -33,8 +34,6 @@ from flamingo_fast.testing import peers
 _GATE = 0.5
 _HEADS, _DIM_HEAD, _EXPANSION, _LATENTS = 8, 64, 4, 64
 
-# (rows in, columns in, columns out) of a linear layer in a module.
-_Linear = tuple[int, int, int]
 _MakeModule = Callable[..., nn.Module]
 
 
@@ -114,14 +113,7 @@ def _theirs(make: _MakeModule, num_inputs: int) -> Callable[..., torch.Tensor]:
     return call
 
 
-def _peer(module: Callable[[], Any]) -> Any:
-    try:
-        return module()
-    except ImportError as error:
-        raise Unavailable(str(error)) from None
-
-
-def _floor(linears: Callable[[Shape], Iterator[_Linear]]) -> Provider:
+def _floor(linears: Callable[[Shape], Iterator[work.Linear]]) -> Provider:
     """The linear layers alone: forward, or forward and the gradients of inputs and weights."""
 
     def build(case: Case, mode: str) -> Floor:
@@ -150,25 +142,12 @@ def _floor(linears: Callable[[Shape], Iterator[_Linear]]) -> Provider:
     return Provider("floor", build)
 
 
-def _work_of_linears(linears: Iterator[_Linear], itemsize: int, mode: str) -> work.Work:
-    total = work.Work(0, 0, 0)
-    for rows, columns, outputs in linears:
-        source, weight, result = (
-            itemsize * numel for numel in (rows * columns, columns * outputs, rows * outputs)
-        )
-        product = 2 * rows * columns * outputs
-        total += work.Work(source + weight, result, 0, product)
-        if mode == "fwd_bwd":
-            total += work.Work(source + weight + result, source + weight, 0, 2 * product)
-    return total
-
-
 def _layer_options(shape: Shape) -> dict[str, Any]:
     *_, dim, dim_visual = shape
     return {"dim": dim, "dim_visual": dim_visual, "dim_head": _DIM_HEAD, "heads": _HEADS}
 
 
-def _layer_linears(shape: Shape, feed_forward: bool) -> Iterator[_Linear]:
+def _layer_linears(shape: Shape, feed_forward: bool) -> Iterator[work.Linear]:
     batch, seqlen, media, dim, dim_visual = shape
     rows, inner = batch * seqlen, _HEADS * _DIM_HEAD
     yield rows, dim, inner
@@ -207,11 +186,11 @@ def _layer(name: str, ours: type[nn.Module], feed_forward: bool) -> Benchmark:
         }
 
     def build_eager(case: Case, compiled: bool) -> Function:
-        module = getattr(_peer(peers.open_flamingo), ours.__name__)
+        module = getattr(of_peer(peers.open_flamingo), ours.__name__)
         return _theirs(functools.partial(module, **_layer_options(case.shape)), 3)
 
     def build_flamingo_pytorch(case: Case, mode: str) -> Function:
-        module = getattr(_peer(peers.flamingo_pytorch), ours.__name__)
+        module = getattr(of_peer(peers.flamingo_pytorch), ours.__name__)
         options = _layer_options(case.shape)
         if options.pop("dim_visual") != options["dim"]:
             raise Unavailable("its media are as wide as its text")
@@ -219,7 +198,7 @@ def _layer(name: str, ours: type[nn.Module], feed_forward: bool) -> Benchmark:
 
     def work_of(shape: Shape, itemsize: int, mode: str, eager: bool) -> work.Work:
         of_attention = work.masked_cross_attention_eager if eager else work.masked_cross_attention
-        around = _work_of_linears(_layer_linears(shape, feed_forward), itemsize, mode)
+        around = work.linears(_layer_linears(shape, feed_forward), itemsize, mode)
         return of_attention(_attention_shape(shape), itemsize, mode) + around
 
     return Benchmark(
@@ -256,14 +235,14 @@ def _resampler_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 
 def _build_resampler(case: Case, compiled: bool) -> Function:
-    module = _peer(peers.open_flamingo).PerceiverResampler
+    module = of_peer(peers.open_flamingo).PerceiverResampler
     return _theirs(functools.partial(module, **_resampler_options(case.shape)), 1)
 
 
 def _build_flamingo_pytorch_resampler(case: Case, mode: str) -> Function:
     """Without its embeddings of media, which ours and OpenFlamingo's don't have."""
     _, media, *_, dim, _ = case.shape
-    module = _peer(peers.flamingo_pytorch).PerceiverResampler
+    module = of_peer(peers.flamingo_pytorch).PerceiverResampler
     options = {**_resampler_options(case.shape), "num_media_embeds": media}
     x = case.inputs["x"]
     embeddings = torch.zeros(media, 1, dim, dtype=x.dtype, device=case.device)
@@ -275,7 +254,7 @@ def _build_flamingo_pytorch_resampler(case: Case, mode: str) -> Function:
     return call
 
 
-def _resampler_linears(shape: Shape) -> Iterator[_Linear]:
+def _resampler_linears(shape: Shape) -> Iterator[work.Linear]:
     batch, media, frames, features, dim, depth = shape
     inner, images = _HEADS * _DIM_HEAD, batch * media
     for _ in range(depth):
@@ -292,10 +271,7 @@ def _resampler_work(shape: Shape, itemsize: int, mode: str, eager: bool) -> work
     of_attention = (latent.eager_work if eager else latent.attention_work)(
         (batch * media, _LATENTS, keys, _HEADS, _HEADS, _DIM_HEAD, keys), itemsize, mode
     )
-    total = _work_of_linears(_resampler_linears(shape), itemsize, mode)
-    for _ in range(depth):
-        total += of_attention
-    return total
+    return of_attention * depth + work.linears(_resampler_linears(shape), itemsize, mode)
 
 
 def _decode_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -339,7 +315,7 @@ def _decode(
 
 def _build_decode(case: Case, compiled: bool) -> Function:
     """OpenFlamingo caches the latents, and projects them again for each token."""
-    module = _peer(peers.open_flamingo).GatedCrossAttentionBlock
+    module = of_peer(peers.open_flamingo).GatedCrossAttentionBlock
     theirs = module(**_layer_options(case.shape)).to(case.device, case.inputs["x"].dtype)
     theirs.load_state_dict(case.inputs["block"].state_dict())
     theirs.requires_grad_(False)
@@ -353,15 +329,13 @@ def _build_decode(case: Case, compiled: bool) -> Function:
 
 
 def _decode_work(shape: Shape, itemsize: int, mode: str, eager: bool) -> work.Work:
-    linears = list(_layer_linears(shape, feed_forward=True))
-    if not eager:
-        del linears[1]
+    linears = _layer_linears(shape, feed_forward=True) if eager else _decode_linears(shape)
     of_attention = work.masked_cross_attention_eager if eager else work.masked_cross_attention
-    around = _work_of_linears(iter(linears), itemsize, mode)
+    around = work.linears(linears, itemsize, mode)
     return around + of_attention(_attention_shape(shape), itemsize, mode)
 
 
-def _decode_linears(shape: Shape) -> Iterator[_Linear]:
+def _decode_linears(shape: Shape) -> Iterator[work.Linear]:
     linears = list(_layer_linears(shape, feed_forward=True))
     yield from (linears[0], *linears[2:])
 

@@ -106,18 +106,13 @@ def _eager_work(shape: Shape, itemsize: int, mode: str) -> work.Work:
 
 
 def _work_around_attention(shape: Shape, rows: int, itemsize: int, mode: str) -> work.Work:
-    """Projections and feed-forward; forward one product of matrices each, backward two."""
+    """Projections and feed-forward."""
     batch, *_, num_keys, _ = shape
-    total = work.Work(0, 0, 0)
-    for name, (outputs, inputs) in _weights(shape).items():
-        of_weight = batch * num_keys if name == "to_kv" else rows
-        numbers = outputs * inputs, of_weight * inputs, of_weight * outputs
-        weight, source, result = (itemsize * number for number in numbers)
-        product = 2 * of_weight * outputs * inputs
-        total += work.Work(weight + source, result, 0, product)
-        if mode == "fwd_bwd":
-            total += work.Work(weight + source + result, weight + source, 0, 2 * product)
-    return total
+    linears = [
+        (batch * num_keys if name == "to_kv" else rows, inputs, outputs)
+        for name, (outputs, inputs) in _weights(shape).items()
+    ]
+    return work.linears(linears, itemsize, mode)
 
 
 BENCHMARKS = {

@@ -22,6 +22,7 @@ from flamingo_fast.bench.records import Environment, Measurement
 from flamingo_fast.bench.registry import DTYPES
 from flamingo_fast.bench.tables import Table, digits
 from flamingo_fast.bench.timing import MIN_ROUNDS, Quantiles, interleaved, paired_ratios
+from flamingo_fast.errors import one_line
 from flamingo_fast.patching import PatchReport, patch
 from flamingo_fast.testing.compare import compare
 
@@ -138,28 +139,30 @@ def _measure_peer(
 ) -> None:
     try:
         unpatched = build(peer, sizes, DTYPES[dtype], results.device)
+        patched = _sharing_copy(unpatched)
+        modules = patch(patched)
     except ImportError as error:
         results.notes.append(f"{peer.name} was not measured: {error}")
         return
+    # What PyTorch raises when memory runs out; and what a model may raise, patched or not.
+    except Exception as error:
+        results.failures.append(f"{peer.name} {dtype}: {one_line(error)}")
+        return
     results.about[peer.name] = peer.about(sizes)
-    patched = _sharing_copy(unpatched)
-    modules = patch(patched)
     if not modules.patched:
         results.notes.append(f"{peer.name} {dtype} was not measured: {_why_left(modules)}")
         return
     for case in (case.shrunk(sizes) for case in cases):
         name = f"{peer.name}.{case.name} {dtype}"
         progress(name)
-        work = _Work(peer, case, sizes, DTYPES[dtype], results.device)
         try:
+            work = _Work(peer, case, sizes, DTYPES[dtype], results.device)
             if wrong := work.problems(unpatched, patched):
                 results.failures.append(f"{name}: {'; '.join(wrong)}")
                 continue
             seconds, cpu_seconds = work.times(unpatched, patched, quick)
-        # What PyTorch raises when memory runs out; and what a model may raise, patched or not.
         except Exception as error:
-            first_line = next(iter(str(error).splitlines()), "")
-            results.failures.append(f"{name}: {type(error).__name__}: {first_line}")
+            results.failures.append(f"{name}: {one_line(error)}")
             continue
         number = len(modules.patched)
         results.measured.append(Measured(peer.name, case, dtype, number, seconds, cpu_seconds))

@@ -30,8 +30,7 @@ _MAX_NUMEL = 2**59
 class Plan:
     """`cases` are (benchmark, shape, dtype); `left_out` are providers that take long.
 
-    `growth`: shapes differ in one number, such as that of images, for a plot against it. `passes`:
-    over all cases, so that each is measured at several times.
+    `passes`: over all cases, so that each is measured at several times.
     """
 
     cases: tuple[tuple[Benchmark, Shape, str], ...]
@@ -39,7 +38,6 @@ class Plan:
     providers: tuple[str, ...]
     left_out: tuple[str, ...]
     quick: bool
-    growth: bool = False
     passes: int = 1
 
     @property
@@ -109,7 +107,6 @@ def make_plan(
         ),
         left_out=left_out,
         quick=quick,
-        growth=growth,
     )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
@@ -124,6 +125,19 @@ def _git(*args: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def results_folder(prefix: str = "") -> Path:
+    """results/<prefix><utc>-<commit> of the checkout."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return ROOT / "results" / f"{prefix}{now:%Y%m%dT%H%M%S}-{commit()}"
+
+
+def replace(path: Path, data: bytes) -> None:
+    """All of it or what was there before, whatever comes between."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
 def _names(record: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(record))
 
@@ -149,12 +163,11 @@ def write_csv(path: Path, measurements: Iterable[Measurement], env: Environment)
         }
         rows[_key(row)] = row
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows.values())
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows.values())
+    replace(path, text.getvalue().encode())
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:

@@ -35,6 +35,14 @@ class Unavailable(Exception):
     """A provider can't run here; the message says why."""
 
 
+def of_peer(load: Callable[[], Any]) -> Any:
+    """What `load` gives of a peer's package; raises Unavailable where that is not installed."""
+    try:
+        return load()
+    except ImportError as error:
+        raise Unavailable(str(error)) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Rearranged:
     """A function of the inputs in another arrangement than the reference's, such as padded.

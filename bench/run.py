@@ -35,6 +35,7 @@ from flamingo_fast.bench.timing import (
     wall_clock,
 )
 from flamingo_fast.bench.work import Work
+from flamingo_fast.errors import one_line
 
 _CALLS_PER_SAMPLE = 20
 
@@ -102,17 +103,20 @@ def _measure(
                     # between runs.
                     case = Case(benchmark, shape, dtype, device)
                     _measure_time(case, clock, results, timings, is_first=index == 0)
-                # What PyTorch raises when memory runs out, which depends on the user's --shape.
-                except RuntimeError as error:
-                    first_line = next(iter(str(error).splitlines()), "")
-                    results.failures.append(f"{name}: {first_line}")
+                # Of the user's --shape: memory that runs out, or heads that can't share keys.
+                except (RuntimeError, ValueError) as error:
+                    results.failures.append(f"{name}: {one_line(error)}")
                     failed.add(name)
     finally:
         for timing in timings.values():
             _record_timing(timing, results)
     for benchmark in plan.benchmarks:
         progress(f"{benchmark.name}: CPU time per call")
-        _measure_overhead(benchmark, device, results)
+        try:
+            _measure_overhead(benchmark, device, results)
+        # A GPU that a case has broken.
+        except RuntimeError as error:
+            results.failures.append(f"{benchmark.name}: {one_line(error)}")
 
 
 @dataclasses.dataclass
@@ -149,7 +153,10 @@ def _build(
             except Unavailable as error:
                 reason = str(error)
         elif provider.name in results.plan.left_out:
-            reason = "left out of a quick run unless --provider names it"
+            reason = (
+                "takes seconds to compile, and is left out here; "
+                "ops, modules or decode with --provider have it"
+            )
         else:
             continue
         without = results.unavailable.setdefault((provider.name, reason), [])

@@ -4,7 +4,6 @@ It is written anew after each suite, so that what is finished is kept whatever c
 """
 
 import dataclasses
-import datetime
 import json
 import sys
 import tempfile
@@ -148,10 +147,7 @@ def _cells(ratio: Ratio) -> list[str]:
 
 def default_out() -> Path:
     """results/<utc>-<commit> of the checkout, or bench_results."""
-    if not records.IN_CHECKOUT:
-        return Path("bench_results")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return records.ROOT / "results" / f"{now:%Y%m%dT%H%M%S}-{records.commit()}"
+    return records.results_folder() if records.IN_CHECKOUT else Path("bench_results")
 
 
 def prepare(out: Path) -> None:
@@ -223,7 +219,7 @@ def write(report: Report, out: Path) -> list[Path]:
     records.write_csv(out / CSV_NAME, rows, report.environment)
     paths.append(out / CSV_NAME)
     paths.append(out / JSON_NAME)
-    _replace(paths[-1], json.dumps(_to_dict(report), indent=1).encode())
+    records.replace(paths[-1], json.dumps(_to_dict(report), indent=1).encode())
     sections = [report.summary, *report.sections]
     return paths + write_pages(
         out, report.environment, report.command, sections, "flamingo_fast benchmarks"
@@ -248,15 +244,8 @@ def write_pages(
     contents[MARKDOWN_NAME] = markdown(environment, command, sections, title).encode()
     contents[PAGE_NAME] = page.html(environment, command, sections, title).encode()
     for name, data in contents.items():
-        _replace(out / name, data)
+        records.replace(out / name, data)
     return [out / name for name in contents]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """All of it or what was there before, whatever comes between."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _to_dict(report: Report) -> dict[str, Any]:

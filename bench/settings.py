@@ -11,6 +11,10 @@ from flamingo_fast.bench.section import Section
 Progress = Callable[[str, float], None]
 """Is told what runs, and which part of the suite is done."""
 
+RAISED = (ArithmeticError, RuntimeError, ValueError)
+"""What measuring may raise, though what was measured before counts: memory that runs out, a loss
+that is NaN, results that disagree."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -66,8 +70,3 @@ class Suite:
     seconds: Callable[[Settings], float]
     check: Callable[[Settings], object]
     options: tuple[str, ...] = ()
-
-
-def one_line(error: BaseException) -> str:
-    """Its class and the first line of what it says."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

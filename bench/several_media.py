@@ -15,8 +15,8 @@ from flamingo_fast.bench.registry import (
     Function,
     Provider,
     Shape,
-    Unavailable,
     normal,
+    of_peer,
 )
 from flamingo_fast.bench.work import Work
 from flamingo_fast.layout import MediaLayout
@@ -31,16 +31,6 @@ MLLAMA_DIMS = ("B", "L", "N", "H", "Hkv", "D", "tiles", "R")
 _CPU = torch.device("cpu")
 # A round of the largest takes 10 seconds on a few cores.
 _FEWEST_ROUNDS = 5
-
-
-def growth_shapes(quick: bool) -> tuple[Shape, ...]:
-    """More and more images in the same text, and a longer and longer text of as many images."""
-    seqlen, images, rest = (128, 4, (2, 32, 16)) if quick else (2048, 16, (8, 64, 64))
-    counts, lengths = ((1, 4), (64,)) if quick else ((1, 4, 16, 64), (256, 1024, 4096))
-    return (
-        *((1, seqlen, count, *rest) for count in counts),
-        *((1, length, images, *rest) for length in lengths),
-    )
 
 
 def tile_mask(shape: Shape) -> torch.Tensor:
@@ -148,7 +138,8 @@ def _build_mllama(case: Case, compiled: bool) -> Function:
     """transformers' own attention; the mask is made beforehand, once for all layers in a model."""
     attention.check_eager(case, compiled)
     *_, heads, kv_heads, _, _, num_keys = case.shape
-    module = _peer(peers.mllama_cross_attention, heads, heads, kv_heads)
+    # For its options; its projections are small and not used.
+    module = of_peer(lambda: peers.mllama_cross_attention(heads, heads, kv_heads)).eval()
     mask = tile_mask(case.shape).to(case.device)
     file = sys.modules[type(module).__module__]
     bias, _ = file._prepare_cross_attention_mask(mask, num_keys, case.inputs["q"].dtype)
@@ -159,21 +150,13 @@ def _build_idefics(case: Case, compiled: bool) -> Function:
     """The same of IDEFICS; its layer zeroes the tokens that attend to nothing."""
     attention.check_eager(case, compiled)
     *_, heads, _, num_keys = case.shape
-    module = _peer(peers.idefics_layer, heads, heads, 1)
+    module = of_peer(lambda: peers.idefics_layer(heads, heads, 1)).eval()
     layout, dtype = case.inputs["layout"], case.inputs["q"].dtype
     mask = layout.to_mask().repeat_interleave(num_keys, 2)[:, None]
     bias = torch.zeros(mask.shape, dtype=dtype, device=case.device)
     bias = bias.masked_fill_(~mask, torch.finfo(dtype).min)
     attend, silent = _eager_attention(module, bias), ~layout.attends()[..., None, None]
     return lambda *inputs: attend(*inputs).masked_fill(silent, 0.0)
-
-
-def _peer(make_module: Callable[..., torch.nn.Module], *sizes: int) -> torch.nn.Module:
-    """A module of theirs, for its options; its projections are small and not used."""
-    try:
-        return make_module(*sizes).eval()
-    except ImportError as error:
-        raise Unavailable(str(error)) from None
 
 
 def _eager_attention(module: torch.nn.Module, bias: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -139,7 +139,7 @@ def forward_work(call: Attention, constexprs: Mapping[str, Any], num_splits: int
     if num_splits == 1:
         everything = (0, call.layout.max_media, 0, call.num_keys)
         total = out + Work(rows * per_row, 0, 0) + _walk(call, constexprs, 2, everything)
-        return _of_heads(call, total)
+        return total * call.kv_heads
     total = out
     media, keys = constexprs["SPLIT_MEDIA"], constexprs["SPLIT_KEYS"]
     pieces = -(-call.num_keys // keys)
@@ -154,7 +154,7 @@ def forward_work(call: Attention, constexprs: Mapping[str, Any], num_splits: int
             attending += int(some.any(1).sum()) * call.group
         sums = attending * call.head_dim * 4
         total += Work(rows * per_row, rows * 8 + sums, 0) + Work(rows * 8 + sums, 0, 0)
-    return _of_heads(call, total)
+    return total * call.kv_heads
 
 
 def dq_work(call: Attention, constexprs: Mapping[str, Any]) -> Work:
@@ -164,7 +164,7 @@ def dq_work(call: Attention, constexprs: Mapping[str, Any]) -> Work:
         per_row = call.row_bytes + call.lse_bytes + call.mask_bytes(0)
         total += Work(rows * per_row, rows * call.row_bytes, 0)
         total += _walk(call, constexprs, 3, (0, call.layout.max_media, 0, call.num_keys))
-    return _of_heads(call, total)
+    return total * call.kv_heads
 
 
 def dkv_work(call: Attention, constexprs: Mapping[str, Any]) -> Work:
@@ -185,7 +185,7 @@ def dkv_work(call: Attention, constexprs: Mapping[str, Any]) -> Work:
             begin, end = int(bounds[media, 0].min()), int(bounds[media, 1].max())
             rows = (end - begin) * call.group
             total += Work(rows * per_row, 0, 0, -(-rows // block_m) * flops)
-    return _of_heads(call, total)
+    return total * call.kv_heads
 
 
 def _key_blocks(valid: torch.Tensor, constexprs: Mapping[str, Any]) -> list[list[int]]:
@@ -204,11 +204,6 @@ def _key_blocks(valid: torch.Tensor, constexprs: Mapping[str, Any]) -> list[list
             if key < keys:
                 loaded.add(column)
     return [sorted(media) for column, media in sorted(blocks.items()) if column in loaded]
-
-
-def _of_heads(call: Attention, work: Work) -> Work:
-    heads = call.kv_heads
-    return Work(heads * work.loaded, heads * work.stored, 0, heads * work.matmul_flops)
 
 
 def dense_mask_work(call: Attention, kernel: str, constexprs: Mapping[str, Any]) -> Work:
@@ -230,4 +225,4 @@ def dense_mask_work(call: Attention, kernel: str, constexprs: Mapping[str, Any])
         loaded = blocks * 2 * keys * call.row_bytes
         loaded += rows * (call.row_bytes if kernel == "forward" else 3 * call.row_bytes + log_sums)
         stored = rows * (call.row_bytes + (log_sums if kernel == "forward" else 4))
-    return _of_heads(call, Work(batch * loaded, batch * stored, 0))
+    return Work(loaded, stored, 0) * batch * call.kv_heads

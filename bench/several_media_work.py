@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from flamingo_fast.bench.work import Shape, Work, masked_cross_attention_eager
+from flamingo_fast.bench.work import Shape, Work, attention, masked_cross_attention_eager, of_mode
 from flamingo_fast.layout import MediaLayout
 
 
@@ -22,30 +22,20 @@ def attention_of_layout(
 ) -> Work:
     """Useful work: rows of q and out once, keys and values that any row attends to once a kv head.
 
-    Products are of (row, key) pairs that attend, two forward and five backward. Of gradients, those
-    of keys that none attends to are written too. The layout's own integers are left out, and what
-    rows get that attend to nothing, unless that is, with `dense`, attention to everything.
+    Of gradients, those of keys that none attends to are written too. The layout's own integers are
+    left out, and what rows get that attend to nothing, unless that is, with `dense`, attention to
+    everything.
 
     Arguments:
         layout: on a CPU.
-        mode: "fwd"; "fwd_lse", a forward that saves the softmax's log-sum; "bwd"; "fwd_bwd".
+        mode: as in `work.attention`.
     """
     pairs, keys_read = _pairs_and_keys(layout, num_keys, dense)
     rows = layout.batch_size * layout.seqlen * heads
     row_bytes = rows * head_dim * itemsize
     key_bytes = 2 * kv_heads * head_dim * itemsize
     read_bytes, all_bytes = keys_read * key_bytes, layout.media_total * num_keys * key_bytes
-    scores, elements, lse = pairs * heads, rows * head_dim, 4 * rows
-    product = 2 * scores * head_dim
-    fwd = Work(row_bytes + read_bytes, row_bytes, 5 * scores + elements, 2 * product)
-    fwd_lse = fwd + Work(0, lse, 0)
-    bwd = Work(
-        2 * row_bytes + read_bytes + lse,
-        row_bytes + all_bytes,
-        7 * scores + elements,
-        5 * product,
-    )
-    return {"fwd": fwd, "fwd_lse": fwd_lse, "bwd": bwd, "fwd_bwd": fwd_lse + bwd}[mode]
+    return attention(row_bytes, read_bytes, all_bytes, pairs * heads, rows, head_dim, mode)
 
 
 def _pairs_and_keys(layout: MediaLayout, num_keys: int, dense: bool) -> tuple[int, int]:
@@ -96,16 +86,16 @@ def transformers_attention(
     if kv_heads < heads:
         fwd += Work(shared_bytes, key_bytes, 0)
         bwd += Work(key_bytes, shared_bytes, 0)
-    return {"fwd": fwd, "bwd": bwd, "fwd_bwd": fwd + bwd}[mode]
+    return of_mode(mode, fwd, bwd)
 
 
 def idefics_eager(shape: Shape, itemsize: int, mode: str) -> Work:
     """With one more kernel over the rows: those of tokens that attend to nothing are zeroed."""
     batch, seqlen, media, heads, head_dim, num_keys = shape
-    attention = transformers_attention(
+    of_attention = transformers_attention(
         batch, seqlen, media * num_keys, heads, heads, head_dim, itemsize, mode
     )
-    return attention + _elementwise(batch * seqlen * heads * head_dim, itemsize, mode)
+    return of_attention + _elementwise(batch * seqlen * heads * head_dim, itemsize, mode)
 
 
 def all_previous_eager(shape: Shape, itemsize: int, mode: str) -> Work:

@@ -23,10 +23,9 @@ from flamingo_fast.bench import (
 )
 from flamingo_fast.bench.registry import DTYPES
 from flamingo_fast.bench.section import Figure, Ratio, Section
-from flamingo_fast.bench.settings import Progress, Settings, Suite, one_line
-from flamingo_fast.bench.table3_suite import STEP_TIME as STEP_TIME
+from flamingo_fast.bench.settings import RAISED, Progress, Settings, Suite
 from flamingo_fast.bench.table3_suite import check_table3, measure_table3, seconds_of_table3
-from flamingo_fast.bench.table3_suite import table3_section as table3_section
+from flamingo_fast.errors import one_line
 
 # Of a headline, over all of its cases: rounds next to each other are more alike than runs are.
 _PASSES = 7
@@ -160,6 +159,8 @@ def _memory(settings: Settings, progress: Progress) -> Iterator[Section]:
         memory.run(settings.device, dtypes, found, quick=settings.quick, progress=progress)
     except KeyboardInterrupt:
         section.is_interrupted = True
+    except RAISED as error:
+        found.failures.append(one_line(error))
     section.tables, section.failures = [memory.table(found)], found.failures
     section.not_measured = found.not_measured
     yield section
@@ -183,6 +184,8 @@ def _model(settings: Settings, progress: Progress) -> Iterator[Section]:
         section.not_measured.append(("OpenFlamingo's classes", str(error)))
     except KeyboardInterrupt:
         section.is_interrupted = True
+    except RAISED as error:
+        found.failures.append(one_line(error))
     section.tables, section.failures = [end_to_end.table(found)], found.failures
     section.ratios = [
         Ratio.of_pairs(
@@ -240,8 +243,7 @@ def sections(suite: Suite, settings: Settings, progress: Progress) -> Iterator[S
         yield Section(suite.name, suite.name, is_interrupted=True)
     except ImportError as error:
         yield Section(suite.name, suite.name, not_measured=[(suite.name, str(error))])
-    # Memory that runs out, results that disagree.
-    except (ArithmeticError, RuntimeError, ValueError) as error:
+    except RAISED as error:
         yield Section(suite.name, suite.name, failures=[one_line(error)])
 
 

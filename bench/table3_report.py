@@ -26,6 +26,7 @@ from flamingo_fast.bench.table3_scales import SCALES
 from flamingo_fast.bench.table3_steps import PRECISIONS
 from flamingo_fast.bench.tables import Table
 from flamingo_fast.bench.timing import Interval
+from flamingo_fast.errors import one_line
 
 # Over it a difference of ratios is explained.
 _EXPLAINED = 0.15
@@ -374,9 +375,11 @@ def plot_ratios_of_csv(path: str | Path) -> Any:
         OSError: the file can't be read.
         ValueError: it is no such file.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no rows")
         return _plot_ratios(
             [row["row"] for row in rows],
             [float(row["paper_ratio"]) for row in rows],
@@ -385,8 +388,9 @@ def plot_ratios_of_csv(path: str | Path) -> Any:
             [float(row["flops_and_parameters_ratio"]) for row in rows],
             [(float(row["measured_ratio"]), float(row["low"]), float(row["high"])) for row in rows],
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a table3.csv of a measurement: {error!r}") from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        reason = one_line(error)
+        raise ValueError(f"{path}: expected a table3.csv of a measurement: {reason}") from error
 
 
 def plot_predicted_ratios(predictions: Sequence[Prediction]) -> Any:

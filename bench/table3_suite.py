@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from flamingo_fast.bench import table3_report
 from flamingo_fast.bench.section import Figure, Ratio, Section
-from flamingo_fast.bench.settings import Progress, Settings, one_line
+from flamingo_fast.bench.settings import RAISED, Progress, Settings
 from flamingo_fast.bench.table3 import Prediction, predict
 from flamingo_fast.bench.table3_data import RealData
 from flamingo_fast.bench.table3_measured import Measurement, Session, Store, check_rows
 from flamingo_fast.bench.table3_scales import SCALES
+from flamingo_fast.errors import one_line
 from flamingo_fast.models.presets import table3_configs
 
 STEP_TIME = "step time over the baseline's"
@@ -52,8 +53,7 @@ def measure_table3(settings: Settings, progress: Progress) -> Iterator[Section]:
                     store.add(each)
         except KeyboardInterrupt:
             is_interrupted = True
-        # What is measured is worth more than a traceback: memory that runs out, a loss that is NaN.
-        except (ArithmeticError, RuntimeError, ValueError) as error:
+        except RAISED as error:
             failures.append(one_line(error))
     found = [measured[row] for row in rows if row in measured]
     section = table3_section(found, predictions)

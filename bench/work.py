@@ -14,7 +14,7 @@ a second time for the parameter gradients. Its floating-point operations are cou
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flamingo_fast.layout import MediaLayout
 
@@ -45,8 +45,16 @@ class Work:
             self.matmul_flops + other.matmul_flops,
         )
 
+    def __mul__(self, times: int) -> "Work":
+        return Work(
+            times * self.loaded,
+            times * self.stored,
+            times * self.vector_flops,
+            times * self.matmul_flops,
+        )
 
-def _of_mode(mode: str, fwd: Work, bwd: Work) -> Work:
+
+def of_mode(mode: str, fwd: Work, bwd: Work) -> Work:
     return {"fwd": fwd, "bwd": bwd, "fwd_bwd": fwd + bwd}[mode]
 
 
@@ -59,14 +67,14 @@ def _elementwise(shape: Shape, itemsize: int, loads: int, stores: int, flops: in
 def squared_relu(shape: Shape, itemsize: int, mode: str) -> Work:
     fwd = _elementwise(shape, itemsize, loads=1, stores=1, flops=2)
     bwd = _elementwise(shape, itemsize, loads=2, stores=1, flops=3)
-    return _of_mode(mode, fwd, bwd)
+    return of_mode(mode, fwd, bwd)
 
 
 def squared_relu_eager(shape: Shape, itemsize: int, mode: str) -> Work:
     """relu and square; their backward copies, doubles, multiplies and masks."""
     fwd = _elementwise(shape, itemsize, loads=2, stores=2, flops=2)
     bwd = _elementwise(shape, itemsize, loads=6, stores=4, flops=3)
-    return _of_mode(mode, fwd, bwd)
+    return of_mode(mode, fwd, bwd)
 
 
 def gated_residual(shape: Shape, itemsize: int, mode: str) -> Work:
@@ -74,14 +82,14 @@ def gated_residual(shape: Shape, itemsize: int, mode: str) -> Work:
     gate = Work(itemsize, 0, 0)
     fwd = _elementwise(shape, itemsize, loads=2, stores=1, flops=2) + gate
     bwd = _elementwise(shape, itemsize, loads=2, stores=1, flops=3) + gate + Work(0, itemsize, 0)
-    return _of_mode(mode, fwd, bwd)
+    return of_mode(mode, fwd, bwd)
 
 
 def gated_residual_eager(shape: Shape, itemsize: int, mode: str) -> Work:
     """A product and a sum; in the backward two products and a reduction."""
     fwd = _elementwise(shape, itemsize, loads=3, stores=2, flops=2)
     bwd = _elementwise(shape, itemsize, loads=4, stores=2, flops=3)
-    return _of_mode(mode, fwd, bwd)
+    return of_mode(mode, fwd, bwd)
 
 
 def norm(
@@ -102,7 +110,7 @@ def norm(
     bwd += Work(statistics + width * itemsize, parameters, 0)
     if column_pass:
         bwd += _elementwise(shape, itemsize, loads=2, stores=0, flops=0)
-    return _of_mode(mode, fwd, bwd)
+    return of_mode(mode, fwd, bwd)
 
 
 def gated_residual_norm(
@@ -115,7 +123,7 @@ def gated_residual_norm(
     gate = Work(itemsize, 0, 0)
     fwd = _elementwise(shape, itemsize, loads=1, stores=1, flops=2) + gate
     bwd = _elementwise(shape, itemsize, loads=2, stores=1, flops=4) + gate + Work(0, itemsize, 0)
-    return _of_mode(mode, fwd, bwd) + norm(shape, itemsize, mode, rms=rms, column_pass=column_pass)
+    return of_mode(mode, fwd, bwd) + norm(shape, itemsize, mode, rms=rms, column_pass=column_pass)
 
 
 def gated_residual_norm_eager(shape: Shape, itemsize: int, mode: str, *, rms: bool = False) -> Work:
@@ -124,33 +132,75 @@ def gated_residual_norm_eager(shape: Shape, itemsize: int, mode: str, *, rms: bo
     return (
         gated_residual_eager(shape, itemsize, mode)
         + norm(shape, itemsize, mode, rms=rms)
-        + _of_mode(mode, Work(0, 0, 0), add_gradients)
+        + of_mode(mode, Work(0, 0, 0), add_gradients)
     )
+
+
+Linear = tuple[int, int, int]
+"""(rows in, columns in, columns out) of a linear layer in a module."""
+
+
+def linears(layers: Iterable[Linear], itemsize: int, mode: str) -> Work:
+    """Forward one product of matrices each, backward two; without biases."""
+    total = Work(0, 0, 0)
+    for rows, columns, outputs in layers:
+        source, weight, result = (
+            itemsize * numel for numel in (rows * columns, columns * outputs, rows * outputs)
+        )
+        product = 2 * rows * columns * outputs
+        fwd = Work(source + weight, result, 0, product)
+        bwd = Work(source + weight + result, source + weight, 0, 2 * product)
+        total += of_mode(mode, fwd, bwd)
+    return total
+
+
+def attention(
+    row_bytes: int,
+    read_bytes: int,
+    written_bytes: int,
+    scores: int,
+    rows: int,
+    head_dim: int,
+    mode: str,
+) -> Work:
+    """Each tensor once. A score costs two products of D numbers forward, five backward (scores and
+    weights again; dP, dV, dK, dQ), three for dQ alone.
+
+    Arguments:
+        row_bytes: of q, and of out.
+        read_bytes: of keys and values.
+        written_bytes: of their gradients.
+        scores: (query, key) pairs of all heads.
+        rows: of q, of all heads.
+        mode: also "fwd_lse", a forward that saves the softmax's log-sum for the backward, and
+            "bwd_dq", a backward that only q wants.
+    """
+    elements, lse, product = rows * head_dim, 4 * rows, 2 * scores * head_dim
+    fwd = Work(row_bytes + read_bytes, row_bytes, 5 * scores + elements, 2 * product)
+    fwd_lse = fwd + Work(0, lse, 0)
+    loaded = 2 * row_bytes + read_bytes + lse
+    bwd = Work(loaded, row_bytes + written_bytes, 7 * scores + elements, 5 * product)
+    bwd_dq = Work(loaded, row_bytes, 7 * scores + elements, 3 * product)
+    return {
+        "fwd": fwd,
+        "fwd_lse": fwd_lse,
+        "bwd": bwd,
+        "bwd_dq": bwd_dq,
+        "fwd_bwd": fwd_lse + bwd,
+    }[mode]
 
 
 def masked_cross_attention(shape: Shape, itemsize: int, mode: str) -> Work:
     """Of (B, L, N, H, D, R), every token attending to one medium, as many key heads as query heads.
 
-    Every tensor once; where there are more media than tokens, only as many are read. Modes are also
-    "fwd_lse", a forward that saves the softmax's log-sum for the backward, and "bwd_dq", a backward
-    that only q wants. A (query, key) pair costs two products of D numbers forward, five backward
-    (scores and weights again; dP, dV, dK, dQ), three for dQ alone.
+    Where there are more media than tokens, only as many are read. `mode`: as in `attention`.
     """
     batch, seqlen, media, heads, head_dim, num_keys = shape
     rows = batch * seqlen * heads
     row_bytes = rows * head_dim * itemsize
     medium_bytes = 2 * num_keys * heads * head_dim * itemsize
     key_bytes, read_bytes = batch * media * medium_bytes, batch * min(media, seqlen) * medium_bytes
-    scores, elements = rows * num_keys, rows * head_dim
-    product = 2 * scores * head_dim
-    lse = rows * 4
-    fwd = Work(row_bytes + read_bytes, row_bytes, 5 * scores + elements, 2 * product)
-    fwd_lse = fwd + Work(0, lse, 0)
-    loaded = 2 * row_bytes + read_bytes + lse
-    bwd = Work(loaded, row_bytes + key_bytes, 7 * scores + elements, 5 * product)
-    bwd_dq = Work(loaded, row_bytes, 7 * scores + elements, 3 * product)
-    modes = {"fwd": fwd, "fwd_lse": fwd_lse, "bwd": bwd, "bwd_dq": bwd_dq}
-    return modes[mode] if mode in modes else fwd_lse + bwd
+    return attention(row_bytes, read_bytes, key_bytes, rows * num_keys, rows, head_dim, mode)
 
 
 def masked_cross_attention_eager(shape: Shape, itemsize: int, mode: str) -> Work:
@@ -168,7 +218,7 @@ def masked_cross_attention_eager(shape: Shape, itemsize: int, mode: str) -> Work
     fwd += Work(0, 0, 5 * scores, 2 * product)
     bwd = Work(7 * score_bytes + 4 * row_bytes + 2 * key_bytes, 4 * score_bytes, 0)
     bwd += Work(0, 2 * row_bytes + 2 * key_bytes, 7 * scores, 4 * product)
-    return _of_mode(mode, fwd, bwd)
+    return of_mode(mode, fwd, bwd)
 
 
 def one_medium_item_work(
@@ -233,7 +283,7 @@ def masked_cross_attention_kernel_work(
         for medium, first_slot, end_slot in layout.split_media.tolist():
             if medium >= 0:
                 total += Work((end_slot - first_slot) * numel * 4, numel * itemsize, 0)
-    return Work(kv_heads * total.loaded, kv_heads * total.stored, 0, kv_heads * total.matmul_flops)
+    return total * kv_heads
 
 
 def _padded(size: int) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 import flamingo_fast
+from flamingo_fast.errors import one_line
 from flamingo_fast.ops.dispatch import why_not_triton
 
 if TYPE_CHECKING:
@@ -44,11 +45,6 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def _one_line(error: BaseException) -> str:
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
 
 
 def _version(package: str) -> str | None:
@@ -87,7 +83,7 @@ def _tried(name: str, run: Callable[[], str]) -> Backend:
         return Backend(name, "usable", run())
     # Whatever a backend throws is what its user needs to read.
     except Exception as error:
-        return Backend(name, "broken", _one_line(error))
+        return Backend(name, "broken", one_line(error))
 
 
 def _run_op(impl: str, device: torch.device) -> str:

@@ -7,7 +7,6 @@ process of its own, for a limited time; results are in the folder while it runs.
 
 import argparse
 import contextlib
-import datetime
 import shlex
 import signal
 import sys
@@ -27,10 +26,7 @@ from flamingo_fast.profiling.accept_stages import STAGES, Stage
 
 def default_out() -> Path:
     """results/accept-<utc>-<commit> of a checkout, else accept_results."""
-    if not records.IN_CHECKOUT:
-        return Path("accept_results")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return records.ROOT / "results" / f"accept-{now:%Y%m%dT%H%M%S}-{records.commit()}"
+    return records.results_folder("accept-") if records.IN_CHECKOUT else Path("accept_results")
 
 
 def accept(

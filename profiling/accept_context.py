@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+from flamingo_fast.errors import one_line
 from flamingo_fast.ops.dispatch import BackendUnavailableError
+
+_OWN = "flamingo_fast"
 
 
 class Skip(Exception):
@@ -31,7 +34,7 @@ class BrokenDeviceError(RuntimeError):
     """A CUDA error after which nothing works in this process."""
 
 
-def missing_package(error: BaseException) -> str | None:
+def _missing_package(error: BaseException) -> str | None:
     """The module whose absence caused `error`; None if that is not what happened."""
     cause: BaseException | None = error
     while cause is not None:
@@ -41,8 +44,14 @@ def missing_package(error: BaseException) -> str | None:
     return None
 
 
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+def missing(error: ImportError) -> tuple[str, str]:
+    """Status and reason: what isn't installed is skipped, what is ours must be there."""
+    package = _missing_package(error)
+    if package is None:
+        return "failed", one_line(error)
+    if package.partition(".")[0] == _OWN:
+        return "failed", f"missing {package}, a part of this project"
+    return "skipped", f"missing {package.partition('.')[0]}"
 
 
 @dataclasses.dataclass
@@ -123,11 +132,13 @@ class Context:
             raise
         # Whatever it raises is what a reader wants to see; the other checks come next.
         except Exception as error:
-            if isinstance(error, ImportError) and (package := missing_package(error)):
-                self.skip(name, f"missing {package}")
-                return True
-            traceback.print_exc()
             detail = str(error) if isinstance(error, AssertionError) else one_line(error)
+            if isinstance(error, ImportError):
+                status, detail = missing(error)
+                if status == "skipped":
+                    self.skip(name, detail)
+                    return True
+            traceback.print_exc()
             self.check(name, False, detail)
             self._check_device(error)
             return False

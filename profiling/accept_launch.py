@@ -18,7 +18,7 @@ import torch
 
 from flamingo_fast.bench import attention, latent, ops, pairs, several_media
 from flamingo_fast.bench.timing import interleaved, wall_clock
-from flamingo_fast.kernels.launch import Launch
+from flamingo_fast.kernels.launch import Launch, start
 from flamingo_fast.profiling.accept_context import Context
 from flamingo_fast.profiling.accept_parity import Legs, Subject, subjects
 
@@ -37,9 +37,8 @@ def _recording() -> Iterator[list[Launch]]:
     from flamingo_fast.kernels import launch
 
     started: list[Launch] = []
-    stock = launch.start
 
-    def start(
+    def record(
         kernel: Any,
         grid: tuple[int, ...],
         args: tuple[Any, ...],
@@ -48,9 +47,9 @@ def _recording() -> Iterator[list[Launch]]:
         device_index: int | None,
     ) -> None:
         started.append(Launch(kernel, grid, args, constexprs, options))
-        stock(kernel, grid, args, constexprs, options, device_index)
+        start(kernel, grid, args, constexprs, options, device_index)
 
-    with mock.patch.object(launch, "start", start):
+    with mock.patch.object(launch, "start", record):
         yield started
 
 
@@ -60,8 +59,6 @@ def _launch_all(launches: list[Launch]) -> None:
 
 
 def _start_all(launches: list[Launch], device_index: int | None) -> None:
-    from flamingo_fast.kernels.launch import start
-
     for each in launches:
         start(each.kernel, each.grid, each.args, each.constexprs, each.options, device_index)
 
@@ -70,9 +67,8 @@ def _call(subject: Subject, mode: str) -> Callable[[], object]:
     """Forward without gradients, as at inference, or forward and backward."""
     legs = Legs(subject)
     # With the defaults: a mean over all values is PyTorch's, beside the kernels.
-    ours = attention.ours if subject.benchmark.name == several_media.ALL_PREVIOUS else None
-    if ours is not None:
-        legs.benchmark = dataclasses.replace(legs.benchmark, ours=ours)
+    if subject.benchmark.name == several_media.ALL_PREVIOUS:
+        legs.benchmark = dataclasses.replace(legs.benchmark, ours=attention.ours)
     if mode == "fwd_bwd":
         return lambda: legs.ours("triton")
     inputs = [

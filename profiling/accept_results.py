@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flamingo_fast.bench.records import replace
+
 SCHEMA = 1
 MAX_FILES = 8
 MAX_BYTES = 16 * 2**20
@@ -188,7 +190,10 @@ class Folder:
 
     Arguments:
         path: is made if it isn't there.
-        results: that it has, if it has any, for `--resume`.
+        resume: whether it has results, to be added to.
+
+    Attributes:
+        results: that it has; None without `resume`.
 
     Raises:
         ResultsError: it can't be written, or has files that are not of `accept`; results.json is
@@ -213,26 +218,31 @@ class Folder:
         known = {JSON_NAME, PAGE_NAME, LOG_NAME}
         for stage in self.results.stages if self.results else ():
             known |= set(stage.files)
+        # A run that was killed leaves what it was writing.
+        partial = [each for each in names if resume and each.endswith(".partial")]
+        known |= set(partial)
         if others := [name for name in names if name not in known]:
             raise ResultsError(
                 f"out: expected an empty folder or one of accept's, and {path} has "
                 f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
             )
+        for name in partial:
+            (path / name).unlink()
 
     def write(self, results: Results) -> None:
         """results.json, all of it or what was there before."""
         _shorten(results)
-        _replace(self.path / JSON_NAME, _dumped(results))
+        replace(self.path / JSON_NAME, _dumped(results))
 
     def write_page(self, page: str, without_tables: str) -> None:
         data = page.encode()
-        _replace(self.path / PAGE_NAME, data if len(data) <= _MAX_PAGE else without_tables.encode())
+        replace(self.path / PAGE_NAME, data if len(data) <= _MAX_PAGE else without_tables.encode())
 
     def add_to_log(self, text: str) -> None:
         """At its end; of a long log the middle goes."""
         path = self.path / LOG_NAME
         earlier = path.read_bytes() if path.exists() else b""
-        _replace(path, kept_ends(earlier + text.encode(), MAX_LOG))
+        replace(path, kept_ends(earlier + text.encode(), MAX_LOG))
 
     def adopt(self, source: Path, name: str) -> str | None:
         """Takes in a file; why not, where it is too large or one too many."""
@@ -247,8 +257,9 @@ class Folder:
         taken = sum(each.stat().st_size for each in others if each.name not in core)
         room = MAX_BYTES - 2**20 - (_MAX_JSON + _MAX_PAGE + MAX_LOG) - taken
         if source.stat().st_size > room:
-            return f"{name}: {source.stat().st_size / 2**20:.1f} MiB, there is room for {room}"
-        _replace(target, source.read_bytes())
+            size = source.stat().st_size / 2**20
+            return f"{name}: {size:.1f} MiB, there is room for {max(room, 0) / 2**20:.1f}"
+        replace(target, source.read_bytes())
         return None
 
     def __str__(self) -> str:
@@ -301,9 +312,3 @@ def kept_ends(data: bytes, limit: int) -> bytes:
     note = f"\n... {len(data)} bytes, the middle is left out ...\n".encode()
     room = limit - len(note)
     return data[: room // 4] + note + data[-(room - room // 4) :]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -24,9 +24,11 @@ def doctor(context: Context) -> None:
         context.row("Devices", ("device",), (device,))
     for name, least in (("torch", _TORCH), ("triton", _TRITON)):
         version = report.versions[name]
-        expected = f"expected {'.'.join(map(str, least))} or later"
-        holds = version is not None and _numbers(version) >= least
-        context.check(name, holds, version or "none" if holds else f"{version}, {expected}")
+        if version is not None and _numbers(version) >= least:
+            context.check(name, True, version)
+        else:
+            expected = f"expected {'.'.join(map(str, least))} or later"
+            context.check(name, False, f"{version}, {expected}")
     on_device = "triton on a GPU" if context.on_gpu else "triton in its interpreter"
     for backend in report.backends:
         if backend.status == "unavailable" and backend.name not in ("torch", on_device):

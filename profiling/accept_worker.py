@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from flamingo_fast.bench import records
-from flamingo_fast.profiling.accept_context import Context, missing_package, one_line
-
-_OWN = "flamingo_fast"
+from flamingo_fast.errors import one_line
+from flamingo_fast.profiling.accept_context import Context, missing
 
 
 def arguments(context: Context, target: str, limit_s: float) -> list[str]:
@@ -64,16 +63,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _missing(error: ImportError) -> tuple[str, str]:
-    """Status and reason: what isn't installed is skipped, what is ours must be there."""
-    package = missing_package(error)
-    if package is None:
-        return "failed", one_line(error)
-    if package.partition(".")[0] == _OWN:
-        return "failed", f"missing {package}, a part of this project"
-    return "skipped", f"missing {package.partition('.')[0]}"
-
-
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     for name in ("target", "device", "work", "events"):
@@ -109,7 +98,7 @@ def main(given: Sequence[str] | None = None) -> None:
             getattr(importlib.import_module(module), function)(context)
     except ImportError as error:
         traceback.print_exc()
-        status, reason = _missing(error)
+        status, reason = missing(error)
     # Also what a stage lets through is a result.
     except Exception as error:
         traceback.print_exc()

@@ -58,7 +58,7 @@ def _one_medium(call: Call, mode: str, dots: int, per_score: int) -> LaunchWork:
     )
     useful = _attention(pairs, dots, head_dim, per_score)
     useful += Work(total.loaded - again, total.stored, 0)
-    useful, executed = (_times(work, kv_heads) for work in (useful, executed))
+    useful, executed = (work * kv_heads for work in (useful, executed))
     once, by_programs = (_integers(call, batch * seqlen * lanes) for lanes in (1, group))
     return LaunchWork(useful + Work(once, 0, 0), executed + Work(kv_heads * by_programs, 0, 0))
 
@@ -70,15 +70,6 @@ def _integers(call: Call, rows: int) -> int:
     if call["MEDIA_SEQLENS"] is not None:
         lengths = 4 * int((call["WORK_ITEMS"][:, 0] >= 0).sum())
     return call.num_bytes("WORK_ITEMS") + index + lengths
-
-
-def _times(work: Work, heads: int) -> Work:
-    return Work(
-        heads * work.loaded,
-        heads * work.stored,
-        heads * work.vector_flops,
-        heads * work.matmul_flops,
-    )
 
 
 def one_medium_fwd(call: Call) -> LaunchWork:
@@ -175,7 +166,7 @@ def _several_media(
     group, kv_heads = attention.group, attention.kv_heads
     scores = _scores_of(executed.matmul_flops, dots, call["BLOCK_D"])
     executed = dataclasses.replace(executed, vector_flops=per_score * scores)
-    useful = _times(_attention(pairs * group, dots, call["HEAD_DIM"], per_score), kv_heads)
+    useful = _attention(pairs * group, dots, call["HEAD_DIM"], per_score) * kv_heads
     key_bytes = 2 * keys * attention.row_bytes * kv_heads
     masks = call.num_bytes("MEDIA_START", "MEDIA_END", "MEDIA_BITS", "CU_MEDIA", "MEDIA_SEQLENS")
     useful += Work(key_bytes + rows_loaded + masks, executed.stored, 0)
@@ -280,7 +271,7 @@ def _latent_work(
                 pairs = attention.rows * keys
                 useful += _attention(pairs, products, attention.head_dim, per_score)
                 scores += blocks * -(-keys // block_n) * block_m * block_n
-    useful = _times(useful, attention.kv_heads)
+    useful *= attention.kv_heads
     rows_loaded += call.num_bytes("MEDIA_SEQLENS")
     if dots[0]:
         valid = sum(attention.valid_keys())

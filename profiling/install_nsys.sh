@@ -36,8 +36,9 @@ apt() {
     -o Dir::State::status=/var/lib/dpkg/status -o APT::Sandbox::User="$(id -un)" "$@"
 }
 apt update 2>"$work/log" || cant "apt can't read $mirror: $(tail -n 1 "$work/log")"
-missing=$(apt -s --no-install-recommends install nsight-systems 2>"$work/log" |
-  sed -n 's/^Inst \([^ ]*\) .*/\1/p') || cant "$(tail -n 1 "$work/log")"
+apt -s --no-install-recommends install nsight-systems >"$work/plan" 2>"$work/log" ||
+  cant "$(tail -n 1 "$work/log")"
+missing=$(sed -n 's/^Inst \([^ ]*\) .*/\1/p' "$work/plan")
 echo "$missing" | grep -qx nsight-systems || cant "$mirror has no such package"
 # A driver's installer asks questions, and is not what profiling on a CPU needs.
 wanted=$(echo "$missing" | grep -v -e '^nvidia-' -e '^glx-' -e '^update-glx$')

@@ -8,7 +8,7 @@
 # times are longer than outside, and can be compared. Where that is not allowed, or real clocks are
 # wanted: NCU_ARGS='--clock-control none'.
 set -eu
-[ $# -ge 2 ] || { echo "usage: $0 OUT TARGET [--steps N] [--warmup N]" >&2; exit 2; }
+[ $# -ge 2 ] || { echo "usage: $0 OUT TARGET [--steps N] [--warmup N] [--device D]" >&2; exit 2; }
 out=$1
 shift
 mkdir -p "$out"
@@ -17,4 +17,4 @@ export PYTHONPATH
 exec "${FLAMINGO_FAST_NCU:-ncu}" --nvtx --nvtx-include flamingo_fast@capture --set full \
   --import-source yes --clock-control base --target-processes all --force-overwrite \
   --export "$out/report" ${NCU_ARGS:-} \
-  "${PYTHON:-python3}" -m flamingo_fast.profiling.session "$@" --steps 1 --tool ncu --out "$out"
+  "${PYTHON:-python3}" -m flamingo_fast.profiling.session --steps 1 "$@" --tool ncu --out "$out"

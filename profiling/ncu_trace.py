@@ -3,14 +3,13 @@
 import csv
 import dataclasses
 import io
-import os
 import re
-import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from flamingo_fast.profiling.processes import find_program
 from flamingo_fast.profiling.traces import ReportError
 
 # Names in the page raw, which are those of ncu_report and --metrics, then that of the page details.
@@ -125,12 +124,12 @@ def _of_report(path: Path) -> list[Launch]:
 
 
 def _run_ncu(path: Path) -> str:
-    ncu = shutil.which(os.environ.get("FLAMINGO_FAST_NCU", "ncu"))
+    ncu = find_program("ncu")
     if ncu is None:
         raise ReportError(
-            f"{path}: reading .ncu-rep needs the module ncu_report or ncu on PATH (or in "
-            "FLAMINGO_FAST_NCU), and neither is here; run `ncu --import FILE --csv --page raw` "
-            "elsewhere and report on what it prints, as a .csv"
+            f"{path}: reading .ncu-rep needs the module ncu_report, or ncu in $PATH, in "
+            "$CUDA_HOME/bin or as $FLAMINGO_FAST_NCU, and neither is here; run `ncu --import FILE "
+            "--csv --page raw` elsewhere and report on what it prints, as a .csv"
         )
     command = (ncu, "--import", str(path), "--csv", "--page", "raw", "--print-units", "base")
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")

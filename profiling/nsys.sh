@@ -4,7 +4,7 @@
 #   profiling/nsys.sh OUT TARGET [options of flamingo_fast.profiling.session]
 #
 # The same command line as `flamingo-fast profile run TARGET --tool nsys --out OUT` on a GPU; nsys
-# takes what else it is to do from $NSYS_ARGS.
+# takes what it is to trace from $NSYS_TRACE, and what else it is to do from $NSYS_ARGS.
 set -eu
 [ $# -ge 2 ] || { echo "usage: $0 OUT TARGET [--steps N] [--warmup N] [--device D]" >&2; exit 2; }
 out=$1

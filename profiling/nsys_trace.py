@@ -5,7 +5,6 @@ Tables and columns: NVIDIA, "SQLite Schema Reference" of the Nsight Systems docu
 
 import contextlib
 import os
-import shutil
 import sqlite3
 import subprocess
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from operator import index
 from pathlib import Path
 
+from flamingo_fast.profiling.processes import find_program
 from flamingo_fast.profiling.recorded_session import RecordedSession
 from flamingo_fast.profiling.traces import GpuWork, Range, ReportError, Trace, assemble
 
@@ -45,10 +45,11 @@ def read_nsys(path: Path, session: RecordedSession) -> Trace:
 
 
 def _find_nsys(path: Path) -> Path:
-    chosen = os.environ.get("FLAMINGO_FAST_NSYS")
-    found = shutil.which(chosen or "nsys")
+    found = find_program("nsys")
     if found is None:
-        where = f"FLAMINGO_FAST_NSYS, {chosen}, is no program" if chosen else "it is not on PATH"
+        chosen = os.environ.get("FLAMINGO_FAST_NSYS")
+        where = "it is not in $PATH or $CUDA_HOME/bin"
+        where = f"FLAMINGO_FAST_NSYS, {chosen}, is no program" if chosen else where
         raise ReportError(
             f"{path}: reading {path.suffix} needs nsys, and {where}; set FLAMINGO_FAST_NSYS to it, "
             "or run `nsys export --type sqlite` elsewhere and report on the .sqlite"

@@ -14,7 +14,7 @@ def find_program(name: str) -> str | None:
     chosen = os.environ.get("FLAMINGO_FAST_" + name.upper().replace("-", "_"))
     if chosen:
         return shutil.which(chosen)
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
     return shutil.which(name) or shutil.which(name, path=str(toolkit))
 
 

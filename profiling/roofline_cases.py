@@ -1,7 +1,6 @@
 """The registry's benchmarks as cases for `flamingo_fast.testing.aot.Compiler`, and small ones."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 from flamingo_fast.bench import plan
@@ -59,7 +58,7 @@ def _cases() -> Iterator[RooflineCase]:
 
 
 ROOFLINE_CASES = {case.name: case for case in _cases()}
-CASES = [KernelCase(case.name, functools.partial(case.run)) for case in ROOFLINE_CASES.values()]
+CASES = [KernelCase(case.name, case.run) for case in ROOFLINE_CASES.values()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,6 @@ class LaunchWork:
     useful: Work
     executed: Work
 
-    def __add__(self, other: "LaunchWork") -> "LaunchWork":
-        return LaunchWork(self.useful + other.useful, self.executed + other.executed)
-
 
 def _with_more_loads(useful: Work, more: int) -> LaunchWork:
     """`more`: bytes that are loaded again."""

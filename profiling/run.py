@@ -15,7 +15,7 @@ import torch
 from flamingo_fast.profiling.annotate import DOMAIN, nvtx_domain
 from flamingo_fast.profiling.processes import find_program, run_program
 from flamingo_fast.profiling.recorded_session import FILE_NAME
-from flamingo_fast.profiling.session import CAPTURE, TRACE
+from flamingo_fast.profiling.session import CAPTURE, TRACE, device_of
 from flamingo_fast.profiling.targets import TargetError, check_target
 
 TOOLS = ("nsys", "ncu", "torch")
@@ -67,7 +67,8 @@ def run(
 
     Raises:
         TargetError: a name that is no target.
-        SessionError: the tool isn't there; FailedSessionError: it or the target failed.
+        SessionError: the tool or the device isn't there.
+        FailedSessionError: the tool or the target failed.
         OSError: `out` can't be written.
         ImportError: nvtx is not installed, and nsys or ncu are to see ranges.
     """
@@ -75,7 +76,10 @@ def run(
     tool = tool or ("nsys" if find_program("nsys") else "torch")
     if tool not in TOOLS:
         raise SessionError(f"tool: expected one of {', '.join(TOOLS)}; got {tool!r}")
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    try:
+        on_gpu = torch.cuda.is_available() if device is None else device_of(device).type == "cuda"
+    except ValueError as error:
+        raise SessionError(str(error)) from None
     if tool == "ncu" and not on_gpu:
         raise SessionError("tool: ncu measures kernels of a GPU, and there is none; nsys or torch")
     executable = find_tool(tool) if tool != "torch" else None

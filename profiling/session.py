@@ -29,6 +29,22 @@ CAPTURE = "capture"
 STEP = "step"
 
 
+def device_of(name: str) -> torch.device:
+    """
+    Raises:
+        ValueError: it is no device that targets can run on.
+    """
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: torch sees no GPU; expected cpu")
+    return torch.device(name)
+
+
 def run_session(
     name: str, tool: str, out: Path, *, steps: int, warmup: int, device: torch.device
 ) -> None:
@@ -144,6 +160,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
+    try:
+        device = device_of(given.device)
+    except ValueError as error:
+        parser.error(str(error))
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         run_session(
@@ -152,7 +172,7 @@ def main(arguments: list[str]) -> int:
             given.out,
             steps=given.steps,
             warmup=given.warmup,
-            device=torch.device(given.device),
+            device=device,
         )
     except (TargetError, ImportError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

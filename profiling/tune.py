@@ -19,15 +19,10 @@ from typing import Any
 import torch
 
 from flamingo_fast.bench.timing import Sampler, device_clock
+from flamingo_fast.errors import one_line
 from flamingo_fast.ops.dispatch import BackendUnavailableError, why_not_triton
 from flamingo_fast.profiling.tune_cases import CASES, QUICK_CASES, TINY_CASES, Case
-from flamingo_fast.profiling.tune_search import (
-    KERNELS,
-    CaseSearch,
-    Effort,
-    Outcome,
-    first_line,
-)
+from flamingo_fast.profiling.tune_search import KERNELS, CaseSearch, Effort, Outcome
 
 Result = dict[str, Any]
 # Why a case was skipped that nothing is wrong with.
@@ -173,7 +168,7 @@ class _Session:
                     continue
                 outcome = search.search(request, lambda outcome: self._note(outcome, case))
             except Exception as error:
-                self._skip(op, case, dtype, first_line(error))
+                self._skip(op, case, dtype, one_line(error))
                 continue
             self._progress(_line(self._note(outcome, case)))
 

@@ -42,6 +42,7 @@ class Case:
     checked_batch: int = 1
 
 
+# Not `bench.registry`'s: that imports Triton, before `tune` has chosen its interpreter.
 def _normal(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int
 ) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flamingo_fast.bench.timing import Quantiles, Sampler, interleaved, paired_ratios
+from flamingo_fast.errors import one_line
 from flamingo_fast.profiling.tune_cases import Call, Case
 from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gradients
 from flamingo_fast.testing.occupancy import ARCHITECTURES, occupancy
@@ -229,7 +230,7 @@ class CaseSearch:
                 return self._time(usual, run)
         # Triton and LLVM raise what they like, of a candidate that nobody needs.
         except Exception as error:
-            why = first_line(error)
+            why = one_line(error)
         outcome.refused.append((config, why))
         return None
 
@@ -308,9 +309,3 @@ def _resources(one: Any) -> Resources:
     return Resources(
         compiled.n_regs, compiled.n_spills, compiled.metadata.shared, one.options["num_warps"]
     )
-
-
-def first_line(error: Exception) -> str:
-    """Its type, and what it says at first."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

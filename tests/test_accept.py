@@ -1,10 +1,12 @@
 """`flamingo-fast accept`: stages that fail in every way, its files, and that nothing is needed."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from fresh_venv import ROOT
 
 import flamingo_fast
+from flamingo_fast.bench import records
+from flamingo_fast.bench.timing import Quantiles
 from flamingo_fast.profiling import (
     accept,
     accept_bench,
@@ -30,6 +34,7 @@ from flamingo_fast.profiling.processes import run_program
 
 # Imports take seconds of it.
 _LIMITS = {"hangs": 15.0}
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +60,10 @@ def _run(out: Path, *names: str, known: list[Stage] | None = None, **options: ob
         show=lambda line: None,
         **options,
     )
+
+
+def _context(folder: Path) -> Context:
+    return Context(CPU, True, folder, folder / "events", time.monotonic() + 60)
 
 
 def _read(out: Path) -> dict[str, StageResult]:
@@ -156,6 +165,19 @@ def test_resume_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         accept.accept(device="cuda", resume=True, out=tmp_path, known=known)
 
 
+def test_resume_after_a_kill_in_the_middle_of_writing(tmp_path: Path) -> None:
+    Folder(tmp_path, resume=False).write(Results("", "cpu", True))
+    for name in ("log.txt", "file0.bin"):
+        (tmp_path / f"{name}.partial").write_bytes(b"half")
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ResultsError, match="has thesis.tex$"):
+        Folder(tmp_path, resume=True)
+    assert (tmp_path / "log.txt.partial").exists()
+    (tmp_path / "thesis.tex").unlink()
+    Folder(tmp_path, resume=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_a_stage_that_was_stopped_runs_again(tmp_path: Path) -> None:
     results = Results("", "cpu", True, [StageResult("passes", "", 60.0, "")])
     Folder(tmp_path, resume=False).write(results)
@@ -211,7 +233,11 @@ def test_the_folder_stays_small(tmp_path: Path) -> None:
     assert sum(each.stat().st_size for each in files) < accept_results.MAX_BYTES
     assert found["leaves_files"].files == [f"file{number}.bin" for number in (0, 2, 3, 4, 5)]
     reason = found["leaves_files"].reason
-    for part in ("file1.bin: 64.0 MiB", "file6.bin: the folder has 8 files", "absent.bin: "):
+    for part in (
+        "file1.bin: 64.0 MiB, there is room for 4.0",
+        "file6.bin: the folder has 8 files",
+        "absent.bin: ",
+    ):
         assert part in reason
     assert all(len(check.detail) < 3000 for check in found["talks"].checks)
     log = (tmp_path / "log.txt").read_bytes()
@@ -379,14 +405,54 @@ def test_what_tuning_has_to_find(
         return {"entries": entries, "skipped": [{"op": "b", "reason": each} for each in skipped]}
 
     monkeypatch.setattr(tune, "tune", stand_in)
-    context = Context(
-        torch.device("cpu"), True, tmp_path, tmp_path / "events", time.monotonic() + 60
-    )
-    accept_bench.tuning(context)
+    accept_bench.tuning(_context(tmp_path))
     events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
     (check,) = [each for each in events if each["kind"] == "check"]
     assert (check["status"] == "passed") is passes
     assert [each["name"] for each in events if each["kind"] == "file"] == ["tuned-GPU.json"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "passes"),
+    [
+        ("squared_relu 8192x4096 bf16 fwd, compile: TypeError: not a, but b", True),
+        ("squared_relu 8192x4096 bf16 fwd, ours: RMS error 1", False),
+        ("squared_relu 8192x4096 bf16: OutOfMemoryError: 2 GiB, of which 1 is free", False),
+    ],
+)
+def test_ours_has_to_be_measured_in_all_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, passes: bool
+) -> None:
+    value = Quantiles(50, 50, 50, 1)
+    key = ("squared_relu", "ours", "fwd", "16x64", "bf16", "of_copy_ceiling", "%")
+    results = types.SimpleNamespace(
+        measurements=[records.Measurement(*key, value)],
+        environment=records.environment(CPU),
+        failures=[failure],
+        is_interrupted=False,
+    )
+    monkeypatch.setattr(accept_bench.run, "run", lambda *_: results)
+    monkeypatch.setattr(accept_bench.report, "tables", lambda _: [])
+    arguments = (_context(tmp_path), "squared_relu", None, tmp_path / "results.csv")
+    if passes:
+        assert "wrong and without numbers: compile" in accept_bench._bench_op(*arguments)
+    else:
+        with pytest.raises(AssertionError, match=failure):
+            accept_bench._bench_op(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "status", "detail"),
+    [
+        ("flamingo_fast.absent", "failed", "missing flamingo_fast.absent, a part of this project"),
+        ("absent.inside", "skipped", "missing absent"),
+    ],
+)
+def test_what_is_ours_must_be_there(tmp_path: Path, module: str, status: str, detail: str) -> None:
+    context = _context(tmp_path)
+    assert context.attempt("a", lambda: importlib.import_module(module)) == (status == "skipped")
+    (check,) = map(json.loads, context.events.read_text().splitlines())
+    assert (check["status"], check["detail"]) == (status, detail)
 
 
 def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:

@@ -250,7 +250,10 @@ def test_a_quick_run_draws_and_reports(quick_run: tuple[Result, Path]) -> None:
         assert text in markdown
     assert str(out / "report.md") in result.output
     # Nothing that was not run is passed over.
-    assert "left out of a quick run" in markdown and "Liger's kernels need a GPU" in markdown
+    assert (
+        "takes seconds to compile, and is left out here" in markdown
+        and "Liger's kernels need a GPU" in markdown
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="predictions stand in for a GPU")
@@ -286,6 +289,18 @@ def test_without_a_baseline_there_are_times_but_no_ratios(
         "| eager (masked_cross_attention) | 1.1e+12 scores" in (tmp_path / "report.md").read_text()
     )
     assert (tmp_path / "ops.png").exists()
+
+
+def test_a_shape_that_an_op_refuses_leaves_the_others() -> None:
+    # Of the second, three heads of keys for four of queries.
+    shapes = ["1x4x8x2x1x16x8", "1x4x8x4x3x16x8"]
+    chosen = plan.make_plan(
+        ops=["latent_attention"], shapes=shapes, dtypes=["fp32"], modes=["fwd"], quick=True
+    )
+    results = bench_run.run(chosen, CPU)
+    (failure,) = results.failures
+    assert failure.startswith("latent_attention 1x4x8x4x3x16x8 fp32: ValueError: ")
+    assert {m.shape for m in results.measurements if m.metric == "time"} == {shapes[0]}
 
 
 def test_shapes_without_ops_are_for_the_ops_that_can_have_them() -> None:

@@ -248,28 +248,32 @@ def test_an_option_that_would_do_nothing_is_refused(args, message, tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_interrupted_keeps_its_numbers(monkeypatch: pytest.MonkeyPatch, open_flamingo):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_what_is_stopped_keeps_its_numbers(error, monkeypatch: pytest.MonkeyPatch, open_flamingo):
+    interrupted = isinstance(error, KeyboardInterrupt)
+    failures = [] if interrupted else ["RuntimeError: out of memory"]
     counted = []
 
     def peak(call, device):
         counted.append(call)
         if len(counted) == 3:
-            raise KeyboardInterrupt
+            raise error
         return 8
 
     monkeypatch.setattr(memory, "peak_bytes", peak)
     (found,) = SUITES["memory"].run(Settings(CPU, quick=True), lambda text, share: None)
-    assert found.is_interrupted and len(found.tables[0].rows) == 2
+    assert (found.is_interrupted, found.failures) == (interrupted, failures)
+    assert len(found.tables[0].rows) == 2
 
-    def interrupted(*args):
-        raise KeyboardInterrupt
+    def stopped(*args):
+        raise error
 
-    monkeypatch.setattr(end_to_end, "SIZES", SMALL)
-    monkeypatch.setattr(end_to_end, "_decode", interrupted)
+    monkeypatch.setattr(end_to_end, "_decode", stopped)
     run = functools.partial(end_to_end.run, sizes=SMALL, train=Case("train", "train", 2, 32, 2))
     monkeypatch.setattr(end_to_end, "run", run)
     (found,) = SUITES["model"].run(Settings(CPU, quick=True), lambda text, share: None)
-    assert found.is_interrupted and len(found.ratios) == 1
+    assert (found.is_interrupted, found.failures) == (interrupted, failures)
+    assert len(found.ratios) == 1 and "64 wide" in str(found.tables[0].notes)
 
 
 # Page
@@ -499,7 +503,9 @@ def test_a_case_that_is_stopped_half_way_has_no_row(error, monkeypatch: pytest.M
     measured = next(t for t in report.tables(results) if t.title == report.MEASURED)
     assert {row[1] for row in measured.rows} == {"8x16"}
     assert results.is_interrupted == isinstance(error, KeyboardInterrupt)
-    expected = [] if results.is_interrupted else ["squared_relu 4x16 fp32: out of memory"]
+    expected = (
+        [] if results.is_interrupted else ["squared_relu 4x16 fp32: RuntimeError: out of memory"]
+    )
     assert results.failures == expected
 
 

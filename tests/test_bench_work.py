@@ -74,6 +74,15 @@ def test_norms_too_wide_for_one_pass_read_their_inputs_again(op: str) -> None:
         assert row == elements * width * 2 + statistic
 
 
+@pytest.mark.parametrize("mode", ["fwd_bdw", ""])
+@pytest.mark.parametrize("op", plan.BENCHMARKS)
+def test_a_mode_that_there_is_not_has_no_work(op: str, mode: str) -> None:
+    benchmark = plan.BENCHMARKS[op]
+    for formula in (benchmark.work, benchmark.eager_work):
+        with pytest.raises(KeyError):
+            formula(benchmark.tiny_shape, 2, mode)
+
+
 def test_flops_by_hand() -> None:
     assert work.gated_residual((3, 5), 2, "fwd_bwd").vector_flops == 15 * (2 + 3)
     assert work.gated_residual_norm((3, 5), 2, "fwd").vector_flops == 15 * (2 + 7)

@@ -1,5 +1,6 @@
 """The benchmark of patched models: what it measures, and that a wrong one gets no number."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,26 @@ def test_the_patched_model_has_the_weights_of_the_other() -> None:
     tensors = [*model.parameters(), *model.buffers()]
     for theirs, ours in zip(tensors, [*other.parameters(), *other.buffers()], strict=True):
         assert theirs is ours
+
+
+def test_a_peer_that_raises_leaves_what_others_measured(rule: Callable[..., None]) -> None:
+    rule(right)
+
+    def no_memory(*_: object) -> Any:
+        raise torch.OutOfMemoryError("2 GiB, of which 1 is free\nand more")
+
+    peers = (
+        TOY,
+        dataclasses.replace(TOY, name="unbuilt", build=no_memory),
+        dataclasses.replace(TOY, name="unfed", inputs=no_memory, cases=TOY.cases[:1]),
+    )
+    chosen = [(peer, peer.cases) for peer in peers]
+    results = patching.run(chosen, ["fp32"], CPU, quick=True, sizes=TINY)
+    assert [each.case.name for each in results.measured] == ["forward", "train"]
+    assert results.failures == [
+        "unbuilt fp32: OutOfMemoryError: 2 GiB, of which 1 is free",
+        "unfed.forward fp32: OutOfMemoryError: 2 GiB, of which 1 is free",
+    ]
 
 
 def test_what_is_not_patched_is_said() -> None:

@@ -289,7 +289,8 @@ def test_a_report_of_ncu_is_read_by_its_module_or_else_by_ncu(
     path.write_bytes(b"report")
     monkeypatch.setitem(sys.modules, "ncu_report", None)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ReportError, match="needs the module ncu_report or ncu"):
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(ReportError, match="needs the module ncu_report, or ncu in"):
         profile_report.read(path)
     (tmp_path / "printed").write_text(raw_page())
     ncu = _program(tmp_path / "ncu", f'[ "$2" = {path} ] && /bin/cat {tmp_path}/printed')
@@ -357,9 +358,25 @@ def test_without_nsys_the_error_says_what_to_do(
     path = tmp_path / "a.nsys-rep"
     path.write_bytes(b"report")
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("FLAMINGO_FAST_NSYS", raising=False)
-    with pytest.raises(ReportError, match="needs nsys, and it is not on PATH; set FLAMINGO_FAST"):
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("FLAMINGO_FAST_NSYS", "")
+    with pytest.raises(ReportError, match="needs nsys, and it is not in .PATH or .CUDA_HOME"):
         profile_report.read(path)
     monkeypatch.setenv("FLAMINGO_FAST_NSYS", "/nowhere/nsys")
     with pytest.raises(ReportError, match="FLAMINGO_FAST_NSYS, /nowhere/nsys, is no program"):
+        profile_report.read(path)
+
+
+@pytest.mark.parametrize("tool", ["nsys", "ncu"])
+def test_tools_are_also_those_of_the_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    path = tmp_path / f"a.{tool}-rep"
+    path.write_bytes(b"report")
+    _program(tmp_path / "bin" / tool, "echo 'not mine' >&2; exit 1")
+    monkeypatch.setitem(sys.modules, "ncu_report", None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv(f"FLAMINGO_FAST_{tool.upper()}", "")
+    with pytest.raises(ReportError, match="says: not mine"):
         profile_report.read(path)

@@ -123,6 +123,7 @@ def test_ncu_is_started_so(
     called, out = fake("ncu"), tmp_path / "out"
     if by_script:
         script = [str(ROOT / "profiling" / "ncu.sh"), str(out), OP, "--device", "cpu"]
+        script += ["--steps", "2"]
         values = {
             **os.environ,
             "PYTHON": sys.executable,
@@ -130,6 +131,7 @@ def test_ncu_is_started_so(
         }
         subprocess.run(script, check=True, env=values, timeout=120)
         arguments = called()["arguments"]
+        assert len(json.loads((out / "session.json").read_text())["step_s"]) == 2
     else:
         program = profile_run.find_tool("ncu")
         command = profile_run.tool_command(
@@ -161,6 +163,9 @@ def test_ncu_is_started_so(
         (("open_flamingo.nothing",), "unknown family"),
         (("open_flamingo.train:half",), "expected a version of patched, unpatched; got 'half'"),
         ((OP, "--tool", "vtune"), "expected one of nsys, ncu, torch; got 'vtune'"),
+        ((OP, "--device", "foo"), "device: expected cpu or cuda, got 'foo'"),
+        ((OP, "--device", "meta"), "device: expected cpu or cuda, got 'meta'"),
+        ((OP, "--device", "cuda"), "device: torch sees no GPU; expected cpu"),
         ((OP, "--tool", "ncu", "--device", "cpu"), "ncu measures kernels of a GPU"),
         ((OP, "--tool", "nsys"), "nsys is not in $PATH"),
     ],
@@ -173,8 +178,10 @@ def test_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("FLAMINGO_FAST_NSYS", raising=False)
     monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _command(monkeypatch, *arguments, "--out", str(tmp_path / "out")) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert what in said and "Traceback" not in said
@@ -188,10 +195,21 @@ def test_a_target_that_fails_says_so(
     pytest.importorskip("nvtx")
     monkeypatch.setenv("COLUMNS", "400")
     out = tmp_path / "out"
-    arguments = (OP, "--tool", "nsys", "--out", str(out), "--device", "cuda:7")
+    # Three heads of keys for four of queries.
+    target = "latent_attention:1x4x8x4x3x16x8:fp32"
+    arguments = (target, "--tool", "nsys", "--out", str(out), "--device", "cpu")
     assert _command(monkeypatch, *arguments) == 1
     said = capsys.readouterr().err
-    assert f"see {out / 'log.txt'}" in said and "exit code" in said
+    assert f"see {out / 'log.txt'}" in said and "exit code 1: ValueError" in said
+
+
+def test_a_session_of_no_device_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        session.main([OP, "--device", "foo", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2 and not (tmp_path / "out").exists()
+    assert "device: expected cpu or cuda, got 'foo'" in capsys.readouterr().err
 
 
 def test_a_tool_that_records_nothing_is_a_failure(

@@ -173,9 +173,24 @@ def test_the_plot_of_a_file_is_that_of_its_measurement(tmp_path: Path):
     ]
     for figure in (*drawn, predicted):
         pyplot.close(figure)
-    file.write_text("row,paper_ratio\nbaseline,1\n")
-    with pytest.raises(ValueError, match="expected a table3.csv of a measurement"):
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"row,paper_ratio\nbaseline,1\n", "KeyError: 'flops_here_ratio'"),
+        (b"row,paper_ratio\n", "ValueError: no rows"),
+        (b"", "ValueError: no rows"),
+        (b"\x89PNG\r\n", "UnicodeDecodeError: 'utf-8' codec can't decode"),
+    ],
+)
+def test_what_is_no_csv_of_a_measurement_is_refused(tmp_path: Path, data: bytes, reason: str):
+    pytest.importorskip("matplotlib.pyplot")
+    file = tmp_path / "table3.csv"
+    file.write_bytes(data)
+    with pytest.raises(ValueError) as error:
         table3_report.plot_ratios_of_csv(file)
+    assert f"{file}: expected a table3.csv of a measurement: {reason}" in str(error.value)
 
 
 def cells_of(line: str) -> list[str]:
