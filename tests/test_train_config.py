@@ -140,6 +140,11 @@ def test_what_has_no_default_is_missed_by_name(read, name: str) -> None:
         read(yaml.safe_dump(values))
 
 
+def test_a_name_that_is_none_comes_before_what_is_missing(read) -> None:
+    with pytest.raises(ConfigError, match=r"^stepz: there is no such field; .* Did you mean steps"):
+        read(VALID.replace("steps:", "stepz:"))
+
+
 def test_a_field_of_a_dataset_is_missed_by_name(read) -> None:
     with pytest.raises(ConfigError, match=r"^datasets\[1\]\.batch_size: .* missing"):
         read(VALID.replace("batch_size: 8, ", ""))

@@ -62,13 +62,17 @@ def finetune(
     """Train a trained model on, for a task: as train, with other defaults.
 
     The vision encoder is trained too, at 480 x 480; the learning rate is 1e-5 after 100 steps of
-    warm-up. The tokenizer is the one in the folder, if there is one.
+    warm-up. The tokenizer is the one in the folder, or of the run's model, if there is one.
     """
     from flamingo_fast.training.config import FINETUNING
+    from flamingo_fast.training.run_folder import MODEL
 
     defaults: dict[str, Any] = {**FINETUNING, "model": str(source)}
-    if any(source.glob("tokenizer*")):
-        defaults["tokenizer"] = str(source)
+    # What a run ended with has one; beside it are its checkpoints.
+    for folder in (source, source / MODEL, source.parent.parent / MODEL):
+        if any(folder.glob("tokenizer*")):
+            defaults["tokenizer"] = str(folder)
+            break
     _run(config, defaults, fresh, accept_changes, nvtx)
 
 

@@ -26,6 +26,15 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'config'}: expected an object, got {values!r}")
     hints = typing.get_type_hints(cls)
+    # Before what is missing: that may be there by another name.
+    for name in values:
+        if name not in hints:
+            known = ", ".join(hints)
+            close = difflib.get_close_matches(str(name), hints, 1)
+            meant = f". Did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"{field_path(where, name)}: there is no such field; expected one of {known}{meant}"
+            )
     for field in dataclasses.fields(cls):
         defaults = (field.default, field.default_factory)
         if field.name not in values and all(each is dataclasses.MISSING for each in defaults):
@@ -33,11 +42,6 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
     arguments = {}
     for name, value in values.items():
         path = field_path(where, name)
-        if name not in hints:
-            known = ", ".join(hints)
-            close = difflib.get_close_matches(str(name), hints, 1)
-            meant = f". Did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{path}: there is no such field; expected one of {known}{meant}")
         if dataclasses.is_dataclass(hints[name]):
             value = from_dict(hints[name], value, path)
         elif typing.get_origin(hints[name]) is tuple and not isinstance(value, list | tuple):
