@@ -20,7 +20,6 @@ from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
 from flamingo_fast.patching.remembered import Remembered, may_remember
-from flamingo_fast.patching.rules import random_like
 from flamingo_fast.patching.state import does_more, options_of, state_of
 from flamingo_fast.ranges import within
 
@@ -248,6 +247,14 @@ def opened_gates(module: nn.Module, *names: str) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(kept)
+
+
+def random_like(weight: torch.Tensor, *shape: int) -> torch.Tensor:
+    """For probes: normal numbers of this shape, of the weight's dtype and device.
+
+    Drawn on the CPU: that is the generator whose state `patch` gives back.
+    """
+    return torch.randn(shape, device="cpu").to(weight)
 
 
 def probe_inputs(

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from flamingo_fast.patching import open_flamingo
-from flamingo_fast.patching.attention import leaves_one_medium, refuses_block
-from flamingo_fast.patching.rules import Call, Rule, has, random_like, takes
+from flamingo_fast.patching.attention import leaves_one_medium, random_like, refuses_block
+from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import own_forward, tell_once
 from flamingo_fast.ranges import within
 

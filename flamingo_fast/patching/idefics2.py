@@ -13,10 +13,10 @@ from torch import nn
 from flamingo_fast.layout import values_are_at_hand
 from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.latent_attention import latent_attention
-from flamingo_fast.patching.attention import project_both
+from flamingo_fast.patching.attention import project_both, random_like
 from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
-from flamingo_fast.patching.rules import Call, Rule, has, is_a, own_code, random_like
+from flamingo_fast.patching.rules import Call, Rule, has, is_a, own_code
 from flamingo_fast.patching.state import is_patched, own_forward, tell_once
 from flamingo_fast.patching.transformers_hooks import ATTENTION
 

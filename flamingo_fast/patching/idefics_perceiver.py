@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from flamingo_fast.ops.latent_attention import latent_attention
+from flamingo_fast.patching.attention import random_like
 from flamingo_fast.patching.kept import current
-from flamingo_fast.patching.rules import Call, Rule, has, is_a, random_like
+from flamingo_fast.patching.rules import Call, Rule, has, is_a
 from flamingo_fast.patching.state import does_more, options_of, own_forward
 from flamingo_fast.ranges import within
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.ops.norm import rms_norm
+from flamingo_fast.patching.attention import random_like
 from flamingo_fast.patching.parts import are_few, is_whole
-from flamingo_fast.patching.rules import Call, Rule, has, is_a, random_like
+from flamingo_fast.patching.rules import Call, Rule, has, is_a
 from flamingo_fast.patching.state import own_forward
 
 # Elements; of fewer, PyTorch's function takes less than the peers' operators and than the op.

@@ -26,11 +26,12 @@ from flamingo_fast.patching.attention import (
     opened_gates,
     project_both,
     project_media,
+    random_like,
     refuses_block,
     trains_16_bits_on_cpu,
 )
 from flamingo_fast.patching.options import Options
-from flamingo_fast.patching.rules import Call, Rule, has, random_like, takes
+from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import is_patched, options_of, own_forward, tell_once
 from flamingo_fast.ranges import within
 

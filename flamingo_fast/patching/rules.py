@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from flamingo_fast.patching.options import FEATURES, Options
@@ -116,14 +115,6 @@ def own_code(*names: str) -> Callable[[nn.Module], Sequence[Callable[..., Any]]]
         return (forward, *functions_beside(forward, *names))
 
     return code
-
-
-def random_like(weight: torch.Tensor, *shape: int) -> torch.Tensor:
-    """For `Rule.probes`: normal numbers of this shape, of the weight's dtype and device.
-
-    Drawn on the CPU: that is the generator whose state `patch` gives back.
-    """
-    return torch.randn(shape, device="cpu").to(weight)
 
 
 def takes(module: nn.Module, *names: str) -> bool:
