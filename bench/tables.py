@@ -65,4 +65,4 @@ def bullets(notes: Sequence[str]) -> list[str]:
 
 def digits(value: float) -> str:
     """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".removesuffix(".")

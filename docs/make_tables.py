@@ -14,6 +14,7 @@ from typing import Any
 
 from flamingo_fast.bench import attention, latent, ops, several_media
 from flamingo_fast.bench.registry import shape_name
+from flamingo_fast.bench.tables import digits
 from flamingo_fast.kernels.launch import Target
 from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.params import ParameterRow, preset_rows, table3_rows
@@ -46,13 +47,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, without an exponent."""
     if value == 0:
         return "0"
-    if value >= 1000:
-        return f"{value:,.0f}"
-    digits = max(0, 2 - len(str(int(value))) + (value < 1) + 1)
-    return f"{value:.{min(digits, 3)}f}"
+    return f"{value:,.0f}" if value >= 100 else digits(value)
 
 
 def work(*names: str) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo_fast.patching import PatchReport, patch, unpatch
+from flamingo_fast.patching.rules import rule_of
 from flamingo_fast.testing.compare import assert_close_to_oracle, compare
 
 _FEW = 32
@@ -178,3 +180,25 @@ def check_saved_and_copied(model: nn.Module, call: Call, **options: Any) -> None
         assert torch.equal(call(torch.load(file, weights_only=False))[0], logits)
         torch.testing.assert_close(call(plain)[0], logits, rtol=1e-3, atol=1e-4)
     unpatch(model)
+
+
+class _Draws(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.devices.add(out.device.type)
+        return out
+
+
+def check_probes_draw_on_the_cpu(model: nn.Module) -> None:
+    """`patch` gives that generator its state back, and no other."""
+    model = copy.deepcopy(model).to("meta")
+    with _Draws() as draws:
+        for module in model.modules():
+            if (rule := rule_of(module)) is not None and rule.probes is not None:
+                assert list(rule.probes(module)), rule.name
+    assert draws.devices == {"cpu"}

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from flamingo_fast.kernels.launch import launch
 from flamingo_fast.testing.aot import KernelCase, Rules
+from flamingo_fast.testing.inputs import meta_tensor
 
 
 @triton.jit
@@ -40,12 +41,8 @@ def copy_rows(X, OUT, stride, BLOCK: tl.constexpr):
     tl.store(OUT + offs, tl.load(X + offs))
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _matmul(dtype: torch.dtype, block: int, precision: str | None, num_stages: int = 1) -> None:
-    x, out = _meta(block, 512, dtype=dtype), _meta(block, block)
+    x, out = meta_tensor(block, 512, dtype=dtype), meta_tensor(block, block)
     launch(
         matmul,
         (1,),
@@ -62,7 +59,7 @@ def _matmul(dtype: torch.dtype, block: int, precision: str | None, num_stages: i
 
 
 def _softmax_row(width: int) -> None:
-    launch(softmax_row, (1,), _meta(width), _meta(width), BLOCK=width, num_warps=1)
+    launch(softmax_row, (1,), meta_tensor(width), meta_tensor(width), BLOCK=width, num_warps=1)
 
 
 def _copy_rows(x: torch.Tensor) -> None:

@@ -266,6 +266,12 @@ def test_tables_are_those_that_are_computed(page, name, arguments, tables) -> No
     )
 
 
+def test_numbers_of_tables_have_three_digits(tables) -> None:
+    values = (0, 0.0004, 0.00512, 12.34, 99.96, 999.7, 123456)
+    expected = ["0", "0.000400", "0.00512", "12.3", "100", "1,000", "123,456"]
+    assert [tables._number(each) for each in values] == expected
+
+
 def test_all_rows_of_table_3_are_there() -> None:
     from flamingo_fast.models import table3_configs
 

@@ -1,5 +1,6 @@
 """masked_cross_attention in the attention modules of transformers' IDEFICS and Mllama."""
 
+import re
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import flamingo_fast as ff
 from flamingo_fast.layout import MediaLayout
+from flamingo_fast.models.extras import require
 from flamingo_fast.testing import peers
 from flamingo_fast.testing.compare import assert_close_to_oracle, outputs_and_gradients
 from flamingo_fast.testing.inputs import random_tensor
@@ -297,3 +299,12 @@ def test_absent_transformers_is_an_error_that_says_how_to_install_it(monkeypatch
     message = r"transformers is not installed: pip install 'flamingo_fast\[models\]'"
     with pytest.raises(ImportError, match=message):
         peers.idefics_layer(16, 1, IMAGE_DIM)
+
+
+def test_a_transformers_without_the_module_is_said_to_be_another_version():
+    transformers = pytest.importorskip("transformers")
+    message = (
+        rf"^transformers {re.escape(transformers.__version__)} has no transformers.models.none"
+    )
+    with pytest.raises(ImportError, match=message):
+        require("transformers.models.none.modeling_none")

@@ -124,6 +124,11 @@ def test_dry_run_leaves_a_patched_model_patched() -> None:
     model = nn.Sequential(Doubles())
     flamingo_fast.patch(model)
     assert flamingo_fast.patch(model, dry_run=True).patched and is_patched(model[0])
+    model = nn.Sequential(Rewritten())
+    flamingo_fast.patch(model, unknown="probe")
+    forward = model[0].forward
+    report = flamingo_fast.patch(model, unknown="probe", dry_run=True)
+    assert report.patched and is_patched(model[0]) and model[0].forward is forward
 
 
 def test_patched_again_with_other_options() -> None:
@@ -139,6 +144,21 @@ def test_context_manager_restores_after_an_error() -> None:
         assert report.patched and is_patched(model[0])
         raise RuntimeError
     assert not is_patched(model[0]) and "forward" not in vars(model[0])
+
+
+def test_a_patched_model_is_patched_again_after_the_context() -> None:
+    model = nn.Sequential(Doubles(), Doubles())
+    flamingo_fast.patch(model, unattended="zero")
+    before = [dict(vars(each)) for each in model]
+    for options in ({}, {"norm": False}, {"dry_run": True}):
+        with flamingo_fast.patched(model, **options):
+            assert is_patched(model[0]) == (not options)
+        assert [vars(each) for each in model] == before
+    with pytest.raises(TypeError), flamingo_fast.patched(model, norm=1):
+        pass
+    with flamingo_fast.patched(model):
+        theirs = model[0].forward = MethodType(_triples, model[0])
+    assert model[0].forward is theirs and is_patched(model[1])
 
 
 @pytest.mark.parametrize("cls", [Vendored, Inherits])
@@ -168,6 +188,22 @@ def test_probe_tells_what_other_code_does() -> None:
     assert [entry.class_name for entry in report.patched] == ["Rewritten"]
     assert "probed: results differ by" in report.left[0].reason
     assert not is_patched(model[0]) and is_patched(model[1])
+
+
+class Chooses(Doubles):
+    def __init__(self, factor: int | None) -> None:
+        super().__init__()
+        self.factor = nn.Module()
+        self.factor.value = factor
+
+    def forward(self, x):
+        return (self.factor.value or 2) * self.doubling * x
+
+
+def test_probe_is_of_modules_with_the_same_settings() -> None:
+    model = nn.Sequential(*map(Chooses, (2, 3, None)))
+    flamingo_fast.patch(model, unknown="probe")
+    assert [is_patched(each) for each in model] == [True, False, True]
 
 
 def test_probe_on_meta_is_refused() -> None:
@@ -339,9 +375,16 @@ def test_wrong_arguments(options: dict, error: type, words: str) -> None:
 def test_wrong_model() -> None:
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
         flamingo_fast.patch({})
+    with pytest.raises(TypeError, match="got dict"), flamingo_fast.patched({}):
+        pass
 
 
 def test_rules_have_names_of_their_own() -> None:
     with pytest.raises(ValueError, match="there is a rule"):
         register(RULE)
+    twice = dataclasses.replace(RULE, name="test.twice")
+    with pytest.raises(ValueError, match="rules: there is a rule 'test.twice'"):
+        register(twice, dataclasses.replace(twice, notes=lambda *_: None))
+    with pytest.raises(KeyError):
+        unregister(twice.name)
     register(RULE, overwrite=True)

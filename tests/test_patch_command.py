@@ -152,7 +152,7 @@ def test_folders_of_other_kinds(run: Run, tmp_path: Path, mistake: str) -> None:
     [
         ((), "dry-run: expected; patching changes a model in memory"),
         (("--dry-run", "--unattended", "dense"), "unattended: expected one of None, 'zero'"),
-        (("--dry-run", "--unknown", "try"), "unknown: expected one of leave, probe; got try"),
+        (("--dry-run", "--unknown", "try"), "unknown: expected one of leave, probe; got 'try'"),
         (("--dry-run", "--unknown", "probe"), "MllamaForConditionalGeneration of it: OSError"),
     ],
 )

@@ -100,6 +100,14 @@ class NothingPastLast(Attention):
         return out, kv if output_kv else None
 
 
+class DecodesDouble(Attention):
+    """One token at a time, with keys and values from before."""
+
+    def forward(self, y, media_locations, visual_features, previous_kv=None, output_kv=False):
+        out, kv = super().forward(y, media_locations, visual_features, previous_kv, output_kv)
+        return out if previous_kv is None or y.shape[1] > 1 else 2 * out, kv
+
+
 class Block(nn.Module):
     def __init__(self, act: str = "gelu", attn: type = Attention) -> None:
         super().__init__()
@@ -299,7 +307,7 @@ def test_zero_block_is_of_both() -> None:
     assert not report.patched and "its attention is left" in report.left[0].reason
 
 
-@pytest.mark.parametrize("attn", [SeesAllBefore, SeesAll, NothingPastLast])
+@pytest.mark.parametrize("attn", [SeesAllBefore, SeesAll, NothingPastLast, DecodesDouble])
 def test_other_masks_are_left_alone(attn: type) -> None:
     model = open_gates(Block(attn=attn))
     report = flamingo_fast.patch(model, unknown="probe")

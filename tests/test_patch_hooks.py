@@ -96,6 +96,15 @@ def test_saved_patched_and_loaded(name: str, tmp_path) -> None:
     assert torch.equal(forward(loaded, name).logits, before)
 
 
+def test_without_transformers_it_is_said_how_to_install_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = r"transformers is not installed: pip install 'flamingo_fast\[models\]'"
+    with pytest.raises(ImportError, match=message), patch_on_load():
+        pass
+    with pytest.raises(ImportError, match=message):
+        register_attention()
+
+
 @needs_hook
 def test_made_of_a_config_with_options() -> None:
     """New weights are as ever."""

@@ -258,6 +258,10 @@ def unknown_source() -> None:
     register(*idefics2.RULES, overwrite=True)
 
 
+def test_probes_draw_on_the_cpu() -> None:
+    patch_cases.check_probes_draw_on_the_cpu(perceiver())
+
+
 def test_probes(unknown_source: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not flamingo_fast.patch(perceiver()).patched
     report = flamingo_fast.patch(perceiver(), unknown="probe")

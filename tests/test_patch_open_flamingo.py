@@ -172,9 +172,10 @@ def test_what_is_kept_of_media_dies_with_them() -> None:
             text = torch.full((5, 1), 7)
             model(None, text, torch.ones_like(text), clear_conditioned_layers=False)
         memories = [state_of(attn).memory["media_kv"] for attn in attentions_of(model)]
-        kept = [weakref.ref(memory._value[0]) for memory in memories]
-        del memories
-        assert all(each() is not None for each in kept) and len(kept) == 3
+        tensors = [(memory._value[0], memory._sample) for memory in memories]
+        kept = [weakref.ref(each) for pair in tensors for each in pair]
+        del memories, tensors
+        assert all(each() is not None for each in kept) and len(kept) == 6
         end()
         assert all(each() is None for each in kept)
         model.uncache_media()
@@ -385,6 +386,22 @@ def test_resampler_whose_parts_are_hooked_or_edited() -> None:
     assert [entry.name for entry in report.left] == ["", "layers.0.0"]
     assert "its attentions are left" in report.left[0].reason
     torch.testing.assert_close(module(x), copy.deepcopy(module)(x))
+
+
+@torch.no_grad()
+def test_resampler_with_an_attention_that_is_no_longer_patched() -> None:
+    module = _resampler()
+    x = torch.randn(4, 2, 1, 64, 16)
+    before = module(x)
+    patch(module)
+    unpatch(module.layers[1][0])
+    torch.testing.assert_close(module(x), before)
+
+
+def test_probes_draw_on_the_cpu() -> None:
+    helpers = peers.open_flamingo()
+    model = nn.ModuleList([_block_of(helpers), _resampler_of(helpers)])
+    patch_cases.check_probes_draw_on_the_cpu(model)
 
 
 def _vendored(name: str, *edits: tuple[str, str]) -> types.ModuleType:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,32 +50,34 @@ def patch(
 ) -> None:
     """Show which modules of a model flamingo_fast.patch would make faster, and why not others.
 
-    No weights are read, and nothing is changed or downloaded.
+    Nothing is changed or downloaded, and weights are read only to probe.
     """
+    from torch import nn
+
     from flamingo_fast.patching import engine, folder
-    from flamingo_fast.patching.options import Options
 
     if not dry_run:
         raise typer.BadParameter(
             "dry-run: expected; patching changes a model in memory and none of its files. After "
             "loading it in Python: flamingo_fast.patch(model)"
         )
-    features = {
+    options: dict[str, Any] = {
         "cross_attention": cross_attention,
         "resampler": resampler,
         "gated_residual": gated_residual,
         "norm": norm,
         "media_kv_cache": media_kv_cache,
+        "unattended": unattended,
+        "unknown": unknown,
+        "dry_run": True,
     }
     try:
         # Before a model is made.
-        Options(**features, unattended=unattended)
-        if unknown not in engine.UNKNOWN:
-            raise ValueError(f"unknown: expected one of {', '.join(engine.UNKNOWN)}; got {unknown}")
+        engine.patch(nn.Identity(), **options)
         model = folder.model_of(model_dir, with_weights=unknown == "probe")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    report = engine.patch(model, **features, unattended=unattended, unknown=unknown, dry_run=True)
+    report = engine.patch(model, **options)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -14,14 +14,17 @@ from torch import nn
 from flamingo_fast.layout import MediaLayout, values_are_at_hand
 from flamingo_fast.modules.cross_attention import MediaKV
 from flamingo_fast.modules.media_layouts import shared_layout
-from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.modules.plain import is_plain
 from flamingo_fast.ops.attention_gradients import unbind_kv
 from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
 from flamingo_fast.patching.remembered import Remembered, may_remember
-from flamingo_fast.patching.state import is_wrapped, options_of, state_of
+from flamingo_fast.patching.state import does_more, options_of, state_of
 from flamingo_fast.ranges import within
+
+# Why a layout is None, for `tell_once`.
+UNUSUAL = "media or their locations of an unusual shape or dtype"
 
 
 def layout_of(
@@ -192,7 +195,7 @@ def finish_block(
         ff: any module, mostly an nn.Sequential; or an nn.ModuleList of what is called one after
             the other. The first in these may be a norm.
     """
-    is_open = type(ff) is nn.Sequential and len(ff) > 0 and not (has_hooks(ff) or is_wrapped(ff))
+    is_open = type(ff) is nn.Sequential and len(ff) > 0 and not does_more(ff)
     if not is_open and not isinstance(ff, nn.ModuleList):
         residual = add_gated(x, attended, attn_gate, options)
         fed = within("feed-forward", ff, residual)
@@ -210,8 +213,16 @@ def one_after_the_other(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.
     return x
 
 
-def leave_unattended(x: torch.Tensor, out: torch.Tensor, layout: MediaLayout) -> torch.Tensor:
-    """x, bit for bit, of tokens that attend to nothing, and out of the others."""
+def leave_unattended(
+    x: torch.Tensor, out: torch.Tensor, layout: MediaLayout | None
+) -> torch.Tensor:
+    """x, bit for bit, of tokens that attend to nothing, and out of the others.
+
+    Arguments:
+        layout: None: the peer's own forward ran, and all is out.
+    """
+    if layout is None:
+        return out
     return torch.where(layout.attends()[..., None], out, x)
 
 
@@ -238,12 +249,20 @@ def opened_gates(module: nn.Module, *names: str) -> Iterator[None]:
         module._parameters.update(kept)
 
 
+def random_like(weight: torch.Tensor, *shape: int) -> torch.Tensor:
+    """For probes: normal numbers of this shape, of the weight's dtype and device.
+
+    Drawn on the CPU: that is the generator whose state `patch` gives back.
+    """
+    return torch.randn(shape, device="cpu").to(weight)
+
+
 def probe_inputs(
     attn: Any, num_media: int, tokens_per_medium: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Text (2, 7, dim), so many media, and image tokens: late, side by side, more in one row."""
     weight = attn.to_kv.weight
-    x = torch.randn(2, 7, attn.to_q.in_features).to(weight)
-    media = torch.randn(2, num_media, tokens_per_medium, weight.shape[1]).to(weight)
+    x = random_like(weight, 2, 7, attn.to_q.in_features)
+    media = random_like(weight, 2, num_media, tokens_per_medium, weight.shape[1])
     locations = torch.tensor([[0, 1, 0, 1, 1, 0, 0], [0] * 4 + [1, 0, 0]], dtype=torch.bool)
     return x, media, locations.to(x.device)

@@ -1,6 +1,7 @@
 """patch, unpatch, patched: which modules of a model get their fast forward."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,12 @@ from flamingo_fast.patching.state import (
     detach,
     replaced_forward,
     state_of,
+    unpatched,
 )
 
 UNKNOWN = ("leave", "probe")
+
+_Code = tuple[object, ...]
 
 
 def patch(
@@ -60,19 +64,31 @@ def patch(
     Raises:
         TypeError, ValueError: a wrong argument, by name.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_model(model)
     if unknown not in UNKNOWN:
         raise ValueError(f"unknown: expected one of {', '.join(UNKNOWN)}; got {unknown!r}")
     options = Options(cross_attention, resampler, gated_residual, norm, media_kv_cache, unattended)
-    if not dry_run:
+    if dry_run:
+        with unpatched(model):
+            entries, _ = _look_at(model, options, unknown)
+    else:
         unpatch(model)
+        entries, to_patch = _look_at(model, options, unknown)
+        for module, rule in to_patch:
+            attach(module, rule.name, options, rule.forward)
+    return PatchReport(type(model).__name__, entries, options, dry_run)
+
+
+def _look_at(
+    model: nn.Module, options: Options, unknown: str
+) -> tuple[tuple[ReportEntry, ...], list[tuple[nn.Module, Rule]]]:
+    """What the report says of a model that is not patched, and what to patch by which rule."""
     matched = [
         (name, module, rule)
         for name, module in model.named_modules()
         if (rule := rule_of(module)) is not None
     ]
-    probed: dict[str, str | None] = {}
+    probed: dict[_Code, str | None] = {}
     entries: dict[str, ReportEntry] = {}
     will_patch: set[int] = set()
     # What a module contains comes before it: it may depend on that.
@@ -93,12 +109,13 @@ def patch(
             known or _name_of(source, reason is None),
             tuple(rule.notes(module, options) or ()) if reason is None else (),
         )
-    if not dry_run:
-        for _, module, rule in matched:
-            if id(module) in will_patch:
-                attach(module, rule.name, options, rule.forward)
-    in_order = tuple(entries[name] for name, _, _ in matched)
-    return PatchReport(type(model).__name__, in_order, options, dry_run)
+    to_patch = [(module, rule) for _, module, rule in matched if id(module) in will_patch]
+    return tuple(entries[name] for name, _, _ in matched), to_patch
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def unpatch(model: nn.Module) -> None:
@@ -115,11 +132,13 @@ def patched(model: nn.Module, **options: object) -> Iterator[PatchReport]:
     Arguments:
         model, options: those of `patch`.
     """
-    report = patch(model, **options)  # type: ignore[arg-type]
-    try:
-        yield report
-    finally:
-        unpatch(model)
+    _check_model(model)
+    with unpatched(model):
+        report = patch(model, **options)  # type: ignore[arg-type]
+        try:
+            yield report
+        finally:
+            unpatch(model)
 
 
 def _name_of(source: str | None, was_probed: bool) -> str:
@@ -150,18 +169,31 @@ def _unknown(
     options: Options,
     source: str | None,
     unknown: str,
-    probed: dict[str, str | None],
+    probed: dict[_Code, str | None],
     will_patch: set[int],
 ) -> str | None:
     versions = ", ".join(sorted(set(rule.known.values()))) or "none"
     reason = f"its source is none of those known ({versions})"
     if unknown == "leave" or rule.probes is None:
         return reason + ("; unknown='probe' tries it" if rule.probes is not None else "")
-    # Modules of the same code differ in weights and sizes alone.
-    key = f"{rule.name} {type(module).__qualname__} {source or id(module)}"
+    key = _code_of(rule, module, source)
     if key not in probed:
         probed[key] = _probe(rule, module, options, will_patch)
     return probed[key] and f"{reason}; probed: {probed[key]}"
+
+
+def _code_of(rule: Rule, module: nn.Module, source: str | None) -> _Code:
+    """What modules have in common that one probe is enough for: all but weights.
+
+    Settings, of modules in it too, select branches of the same source.
+    """
+    settings = tuple(
+        (name, value)
+        for each in module.modules()
+        for name, value in vars(each).items()
+        if name != "training" and isinstance(value, int | float | str | None)
+    )
+    return rule.name, type(module), source or id(module), settings
 
 
 @torch.no_grad()
@@ -170,10 +202,14 @@ def _probe(rule: Rule, module: nn.Module, options: Options, will_patch: set[int]
     assert rule.probes is not None
     if any(type(each) is not nn.Parameter or each.is_meta for each in module.parameters()):
         return "its weights are sharded, quantised or on the meta device"
-    exact = Options(**{**vars(options), "unattended": None})
+    exact = dataclasses.replace(options, unattended=None)
     modes = [(each, each.training) for each in module.modules()]
     # Its fast forward may count on those of modules in it.
-    inner = [(each, rule_of(each)) for each in module.modules() if id(each) in will_patch]
+    inner = [
+        (each, found)
+        for each in module.modules()
+        if id(each) in will_patch and (found := rule_of(each)) is not None
+    ]
     module.eval()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -190,13 +226,12 @@ def _probe(rule: Rule, module: nn.Module, options: Options, will_patch: set[int]
 
 
 def _patched_call(
-    modules: list[tuple[nn.Module, Rule | None]], options: Options, args: tuple, kwargs: dict
+    modules: list[tuple[nn.Module, Rule]], options: Options, args: tuple, kwargs: dict
 ) -> Any:
     """What the first module's fast forward gives, with all of them patched meanwhile."""
     attached = []
     try:
         for module, rule in modules:
-            assert rule is not None
             attach(module, rule.name, options, rule.forward)
             attached.append(module)
         return modules[0][0].forward(*args, **kwargs)

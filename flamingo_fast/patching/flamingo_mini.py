@@ -16,6 +16,7 @@ from flamingo_fast.layout import MediaLayout, values_are_at_hand
 from flamingo_fast.modules.cross_attention import MediaKV
 from flamingo_fast.ops.latent_attention import latent_attention
 from flamingo_fast.patching.attention import (
+    UNUSUAL,
     attend,
     attend_together,
     by_head,
@@ -27,6 +28,7 @@ from flamingo_fast.patching.attention import (
     probe_inputs,
     project_both,
     project_media,
+    random_like,
     refuses_block,
     trains_16_bits_on_cpu,
 )
@@ -128,7 +130,7 @@ def attention(
         )
     layout = _layout(self, y, media_locations, visual_features, previous_kv)
     if layout is None:
-        tell_once(self, "media or their locations of an unusual shape or dtype")
+        tell_once(self, UNUSUAL)
         return own_forward(self)(
             y, media_locations, visual_features, previous_kv=previous_kv, output_kv=output_kv
         )
@@ -171,7 +173,7 @@ def block(
     out = finish_block(y, attended, self.alpha_attn, self.ffw, self.alpha_ffw, options)
     if options.unattended == "zero_block":
         layout = _layout(self.attn, y, media_locations, visual_features, previous_kv)
-        out = out if layout is None else leave_unattended(y, out, layout)
+        out = leave_unattended(y, out, layout)
     return out, kv
 
 
@@ -199,8 +201,10 @@ def _attention_probes(module: Any) -> Iterator[Call]:
     for media in (3, 2, 4):
         y, visual, locations = probe_inputs(module, media, module.n_visual)
         yield (y, locations, visual), {"output_kv": True}
-        kv = torch.randn(2, 2, module.heads, media * module.n_visual, module.to_q.out_features)
-        k, v = kv[..., : module.to_q.out_features // module.heads].to(y)
+        # By medium, as `attention` returns them: copies of others take the module's own forward.
+        width = module.to_q.out_features // module.heads
+        kv = random_like(y, 2, 2, media * module.n_visual, module.heads, width)
+        k, v = kv.transpose(2, 3)
         yield (y[:, -2:], locations, visual), {"previous_kv": (k, v)}
         yield (y[:, -1:], locations, visual), {"previous_kv": (k, v), "output_kv": True}
 
@@ -213,7 +217,7 @@ def _block_probes(module: Any) -> Iterator[Call]:
 
 def _perceiver_probes(module: Any) -> Iterator[Call]:
     weight = module.to_k.weight
-    features, latents = (torch.randn(2, tokens, weight.shape[1]).to(weight) for tokens in (9, 4))
+    features, latents = (random_like(weight, 2, tokens, weight.shape[1]) for tokens in (9, 4))
     yield (features, latents), {}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flamingo_fast.patching import open_flamingo
-from flamingo_fast.patching.attention import leaves_one_medium, refuses_block
+from flamingo_fast.patching.attention import leaves_one_medium, random_like, refuses_block
 from flamingo_fast.patching.rules import Call, Rule, has, takes
 from flamingo_fast.patching.state import own_forward, tell_once
 from flamingo_fast.ranges import within
@@ -76,7 +76,7 @@ def _block_probes(module: Any) -> Iterator[Call]:
 def _resampler_probes(module: Any) -> Iterator[Call]:
     latents = module.latents
     for shape in ((2, 2, 5), (2, 5)):
-        yield (torch.randn(*shape, latents.shape[1]).to(latents),), {}
+        yield (random_like(latents, *shape, latents.shape[1]),), {}
 
 
 _VERSION = "flamingo-pytorch 0.1.2"

@@ -7,7 +7,6 @@ reaches them beside the arguments that the model passes on to all layers. It lea
 forward a mask of one token, since of that one it makes B * T * N * R numbers.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout, values_are_at_hand
-from flamingo_fast.modules.plain import has_hooks, is_plain
+from flamingo_fast.modules.plain import is_plain
 from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.patching import idefics_perceiver
 from flamingo_fast.patching.kept import current, generation
@@ -26,8 +25,8 @@ from flamingo_fast.patching.parts import add_gated, add_gated_norm, checkpointed
 from flamingo_fast.patching.remembered import may_remember
 from flamingo_fast.patching.rules import Rule, functions_beside, has, is_a
 from flamingo_fast.patching.state import (
+    does_more,
     is_patched,
-    is_wrapped,
     options_of,
     own_forward,
     state_of,
@@ -37,23 +36,10 @@ from flamingo_fast.patching.transformers_hooks import ATTENTION
 from flamingo_fast.ranges import within
 
 _LAYER = "idefics.cross_attention"
-# The argument that layers get; attention of the text ignores it.
+# The argument with the layout that layers get; attention of the text ignores it.
 _IMAGES = "flamingo_fast_images"
 # Implementations of attention that ignore arguments they don't know.
 _ATTENTIONS = (None, "eager", "sdpa", ATTENTION)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Images:
-    """What cross-attention layers have to know beside the images' features.
-
-    Attributes:
-        layout: which images each token attends to.
-        keep_kv: whether keys and values may be used again for the next token.
-    """
-
-    layout: MediaLayout
-    keep_kv: bool
 
 
 @checkpointed
@@ -75,7 +61,7 @@ def forward_layer(
         image_attention_mask, cross_attention_gate: used where the model's fast forward gave no
             layout; (B, 1, T, N * R), added to scores, and (B, T), 0 for tokens without images.
     """
-    images: _Images | None = kwargs.pop(_IMAGES, None)
+    layout: MediaLayout | None = kwargs.pop(_IMAGES, None)
     caches = (*cache, *(kwargs.pop(name, None) for name in ("cache", "past_key_values")))
     if (
         image_hidden_states is None
@@ -95,10 +81,10 @@ def forward_layer(
     options = options_of(self)
     normed = self.input_layernorm(hidden_states)
     silent = None
-    if images is not None:
-        attended = within("attention", _attend, self, normed, image_hidden_states, images)
+    if layout is not None:
+        attended = within("attention", _attend, self, normed, image_hidden_states, layout)
         if _leaves(options) or not _maps_zero_to_zero(self.cross_attn.o_proj):
-            silent = ~images.layout.attends().to(normed.device)
+            silent = ~layout.attends().to(normed.device)
     else:
         attended, _ = within(
             "attention",
@@ -139,16 +125,15 @@ def _maps_zero_to_zero(o_proj: nn.Module) -> bool:
 
 
 def _attend(
-    self: Any, normed: torch.Tensor, features: torch.Tensor, images: _Images
+    self: Any, normed: torch.Tensor, features: torch.Tensor, layout: MediaLayout
 ) -> torch.Tensor:
     """(B, T, W) of the normed text."""
     attention = self.cross_attn
-    layout = images.layout
     if layout.device != normed.device:
         layout = layout.to(normed.device)
     by_head = (attention.num_heads, attention.head_dim)
     q = attention.q_proj(normed).unflatten(-1, by_head)
-    kept = current() if images.keep_kv else None
+    kept = current()
     weights = () if kept is None else tuple(_weights_of_kv(attention))
     found = None if kept is None else kept.recall(self, features, *weights)
     if found is None or found[0].dtype != q.dtype:
@@ -205,7 +190,7 @@ def forward_model(
         and _fit(image_attention_mask, text, given)
         and not _falls_back(self)
     ):
-        kwargs[_IMAGES] = _Images(_layout_of_mask(image_attention_mask), may_keep)
+        kwargs[_IMAGES] = _layout_of_mask(image_attention_mask)
         image_attention_mask = image_attention_mask[:, :1]
     arguments = (input_ids, attention_mask, position_ids, cache, inputs_embeds, *given)
     if not may_keep or not may_remember():
@@ -238,7 +223,7 @@ def _falls_back(self: Any) -> bool:
         # With dropout, the report's notes say so.
         if attention.training and attention.dropout > 0:
             return True
-        if not is_patched(layer, _LAYER) or has_hooks(attention) or is_wrapped(attention):
+        if not is_patched(layer, _LAYER) or does_more(attention):
             tell_once(self, "there are hooks on its cross-attention, or a layer is not patched")
             return True
     return False

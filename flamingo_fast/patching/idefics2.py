@@ -13,10 +13,10 @@ from torch import nn
 from flamingo_fast.layout import values_are_at_hand
 from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.latent_attention import latent_attention
-from flamingo_fast.patching.attention import project_both
+from flamingo_fast.patching.attention import project_both, random_like
 from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
-from flamingo_fast.patching.rules import Call, Rule, functions_beside, has, is_a
+from flamingo_fast.patching.rules import Call, Rule, has, is_a, own_code
 from flamingo_fast.patching.state import is_patched, own_forward, tell_once
 from flamingo_fast.patching.transformers_hooks import ATTENTION
 
@@ -138,11 +138,6 @@ def _is_perceiver(module: nn.Module) -> bool:
     )
 
 
-def _attention_code(attn: nn.Module) -> Sequence[Callable[..., Any]]:
-    forward = type(attn).forward
-    return forward, *functions_beside(forward, "eager_attention_forward", "repeat_kv")
-
-
 def _perceiver_code(perceiver: nn.Module) -> Sequence[Callable[..., Any]]:
     layers: Any = perceiver.layers
     kinds = dict.fromkeys(type(layer) for layer in layers)
@@ -166,13 +161,13 @@ def _notes(attn: Any, options: Options) -> Sequence[str]:
 
 def _attention_probes(attn: nn.Module) -> Iterator[Call]:
     weight: Any = attn.get_parameter("q_proj.weight")
-    latents, context = (weight.new_empty(2, n, weight.shape[1]).normal_() for n in (3, 5))
+    latents, context = (random_like(weight, 2, n, weight.shape[1]) for n in (3, 5))
     yield (), {"latents": latents, "context": context}
 
 
 def _perceiver_probes(perceiver: nn.Module) -> Iterator[Call]:
     latents: Any = perceiver.latents
-    context = latents.new_empty(3, 6, latents.shape[1]).normal_()
+    context = random_like(latents, 3, 6, latents.shape[1])
     masks = torch.tensor([[1] * 6, [1, 0, 1, 1, 0, 0], [0] * 6], device=latents.device).bool()
     yield (), {"context": context, "attention_mask": torch.ones_like(masks)}
     yield (), {"context": context, "attention_mask": masks}
@@ -193,7 +188,7 @@ RULES: tuple[Rule, ...] = (
             "cfb80fa62ba0fe6a": "transformers 4.57.1",
             "9d76705374c07903": "transformers 5.24.0",
         },
-        code=_attention_code,
+        code=own_code("eager_attention_forward", "repeat_kv"),
         notes=_notes,
         probes=_attention_probes,
     ),

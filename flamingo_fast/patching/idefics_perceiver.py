@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.latent_attention import latent_attention
+from flamingo_fast.patching.attention import random_like
 from flamingo_fast.patching.kept import current
-from flamingo_fast.patching.rules import Call, Rule, has
-from flamingo_fast.patching.state import is_wrapped, options_of, own_forward
+from flamingo_fast.patching.rules import Call, Rule, has, is_a
+from flamingo_fast.patching.state import does_more, options_of, own_forward
 from flamingo_fast.ranges import within
 
 
@@ -51,11 +51,7 @@ def _layer(block: Any, latents: torch.Tensor, context: torch.Tensor) -> torch.Te
 
 def _is_plain(attn: Any) -> bool:
     """Whether nobody looks at what is done otherwise: keys of images and latents on their own."""
-    return not (
-        is_wrapped(attn)
-        or has_hooks(attn)
-        or any(has_hooks(each) or is_wrapped(each) for each in (attn.k_proj, attn.v_proj))
-    )
+    return not any(map(does_more, (attn, attn.k_proj, attn.v_proj)))
 
 
 def _attend(attn: Any, context: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -86,7 +82,7 @@ def _attend(attn: Any, context: torch.Tensor, latents: torch.Tensor) -> torch.Te
 
 
 def _matches(module: nn.Module) -> bool:
-    return any(cls.__name__ == "IdeficsPerceiverResampler" for cls in type(module).__mro__) and has(
+    return is_a(module, "IdeficsPerceiverResampler") and has(
         module, modules=("blocks", "layer_norm"), tensors=("latents",)
     )
 
@@ -99,8 +95,7 @@ def _code(module: nn.Module) -> Sequence[Callable[..., Any]]:
 
 def _probes(module: nn.Module) -> Iterator[Call]:
     latents: Any = module.latents
-    like = {"dtype": latents.dtype, "device": latents.device}
-    yield (torch.randn(3, 5, latents.shape[-1], **like),), {}
+    yield (random_like(latents, 3, 5, latents.shape[-1]),), {}
 
 
 RULE = Rule(

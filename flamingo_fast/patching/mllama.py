@@ -5,7 +5,7 @@ head dim. The model's mask of tiles, (B, L, N, tiles), stays as it is: the dense
 of it for its cross-attention layers, (B, 1, L, N * tiles * R), is never made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from flamingo_fast.ops.masked_cross_attention import masked_cross_attention
 from flamingo_fast.patching.norms import rms_norm_rule
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.parts import add_gated, add_gated_norm
-from flamingo_fast.patching.rules import Rule, functions_beside, has, is_a
+from flamingo_fast.patching.rules import Rule, has, is_a, own_code
 from flamingo_fast.patching.state import is_patched, options_of, own_forward, tell_once
 from flamingo_fast.patching.transformers_hooks import ATTENTION
 from flamingo_fast.ranges import within
@@ -307,16 +307,6 @@ def vision_layer_forward(
     return add_gated(residual, self.mlp(normed), self.gate_ffn, options)
 
 
-def _own_code(*names: str) -> Callable[[nn.Module], Sequence[Callable[..., Any]]]:
-    """A module's own forward, and functions of its file."""
-
-    def code(module: nn.Module) -> Sequence[Callable[..., Any]]:
-        forward = type(module).forward
-        return (forward, *functions_beside(forward, *names))
-
-    return code
-
-
 def _is_cross_attention(module: nn.Module) -> bool:
     return is_a(module, "MllamaTextCrossAttention") and has(
         module, ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
@@ -385,7 +375,7 @@ RULES: tuple[Rule, ...] = (
         matches=_is_cross_attention,
         forward=cross_attention_forward,
         known={"71de840163a3e782": _NEW, "a72bc54afe6431c7": _OLD},
-        code=_own_code("eager_attention_forward", "repeat_kv"),
+        code=own_code("eager_attention_forward", "repeat_kv"),
         notes=_attention_notes,
     ),
     Rule(
@@ -417,7 +407,7 @@ RULES: tuple[Rule, ...] = (
         matches=_is_model,
         forward=model_forward,
         known={"c72607bf3dd76a0e": _NEW, "d8208a0fb6629a77": _OLD},
-        code=_own_code("_prepare_cross_attention_mask"),
+        code=own_code("_prepare_cross_attention_mask"),
         refuses=_refuses_model,
         notes=lambda module, options: [_DENSE] if options.unattended is None else [],
     ),

@@ -9,7 +9,8 @@ from torch import nn
 
 from flamingo_fast.ops.dispatch import autocast_dtype
 from flamingo_fast.ops.norm import rms_norm
-from flamingo_fast.patching.parts import are_few, is_whole, rms_eps
+from flamingo_fast.patching.attention import random_like
+from flamingo_fast.patching.parts import are_few, is_whole
 from flamingo_fast.patching.rules import Call, Rule, has, is_a
 from flamingo_fast.patching.state import own_forward
 
@@ -17,9 +18,9 @@ from flamingo_fast.patching.state import own_forward
 _FEW = 1 << 18
 
 
-def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """x (..., width) to its shape and dtype."""
-    weight: Any = self.weight
+    weight, eps = self.weight, self.variance_epsilon
     if not is_whole(weight) or weight.dtype != hidden_states.dtype:
         return own_forward(self)(hidden_states)
     device = hidden_states.device.type
@@ -27,12 +28,12 @@ def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     if are_few(hidden_states, _FEW):
         if in_autocast:
             return own_forward(self)(hidden_states)
-        return F.rms_norm(hidden_states, weight.shape, weight, rms_eps(self))
+        return F.rms_norm(hidden_states, weight.shape, weight, eps)
     if in_autocast:
         # The op would return autocast's dtype, and the peers' return x's.
         with torch.autocast(device, enabled=False):
-            return rms_norm(hidden_states, weight, eps=rms_eps(self))
-    return rms_norm(hidden_states, weight, eps=rms_eps(self))
+            return rms_norm(hidden_states, weight, eps=eps)
+    return rms_norm(hidden_states, weight, eps=eps)
 
 
 def rms_norm_rule(family: str, class_name: str, known: Mapping[str, str]) -> Rule:
@@ -58,4 +59,4 @@ def rms_norm_rule(family: str, class_name: str, known: Mapping[str, str]) -> Rul
 def _probes(module: nn.Module) -> Iterator[Call]:
     weight: Any = module.weight
     shape = (2, _FEW // len(weight) + 1, len(weight))
-    yield (torch.randn(shape, dtype=weight.dtype, device=weight.device),), {}
+    yield (random_like(weight, *shape),), {}

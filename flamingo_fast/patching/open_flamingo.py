@@ -26,12 +26,13 @@ from flamingo_fast.patching.attention import (
     opened_gates,
     project_both,
     project_media,
+    random_like,
     refuses_block,
     trains_16_bits_on_cpu,
 )
 from flamingo_fast.patching.options import Options
 from flamingo_fast.patching.rules import Call, Rule, has, takes
-from flamingo_fast.patching.state import options_of, own_forward, tell_once
+from flamingo_fast.patching.state import is_patched, options_of, own_forward, tell_once
 from flamingo_fast.ranges import within
 
 ATTENTION_NOTES = {
@@ -44,6 +45,7 @@ ATTENTION_NOTES = {
         "unattended='zero' gives it nothing"
     ),
 }
+_PERCEIVER_ATTENTION = "open_flamingo.perceiver_attention"
 BROADCASTS = "media or media_locations that broadcast"
 
 
@@ -156,11 +158,9 @@ def finish(self: Any, x: torch.Tensor, attended: torch.Tensor, media: Any, *args
     """
     options = options_of(self)
     out = finish_block(x, attended, self.attn_gate, self.ff, self.ff_gate, options)
-    if options.unattended == "zero_block":
-        layout = layout_of_call(self, self.attn, x, media, *args)
-        if layout is not None:
-            out = leave_unattended(x, out, layout)
-    return out
+    if options.unattended != "zero_block":
+        return out
+    return leave_unattended(x, out, layout_of_call(self, self.attn, x, media, *args))
 
 
 def block(
@@ -194,29 +194,39 @@ def perceiver_attention(
         media_kv: (B, N, S, 2 * heads * D), keys and values of x made elsewhere.
     """
     outer = x.shape[:-2]
-    if media_kv is None and (
-        x.dim() != 4 or latents.shape[:-2] != outer or trains_16_bits_on_cpu(x)
-    ):
-        return own_forward(self)(x, latents)
-    normed = self.norm_latents(latents)
-    q = self.to_q(normed)
-    if media_kv is None and x.device.type == "cpu":
-        k, v = self.to_kv(torch.cat((self.norm_media(x), normed), -2)).chunk(2, -1)
-        attended = attend_together(self, q, k, v)
-    else:
-        if media_kv is None:
-            kv = project_both(self.to_kv, self.norm_media(x), normed)
-        else:
-            kv = media_kv, self.to_kv(normed)
-        attended = attend_to_medium(q, *kv, outer, self.heads, self.heads, softmax_scale=self.scale)
+    if media_kv is None:
+        if x.dim() != 4 or latents.shape[:-2] != outer or trains_16_bits_on_cpu(x):
+            return own_forward(self)(x, latents)
+        return latents_attend(self, self.norm_media(x), self.norm_latents(latents))
+    latents = self.norm_latents(latents)
+    kv = media_kv, self.to_kv(latents)
+    return _attend_and_project(self, self.to_q(latents), kv, outer)
+
+
+def latents_attend(self: Any, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """(B, N, R, dim) of features (B, N, S, dim) and latents (B, N, R, dim), both normed."""
+    outer = media.shape[:-2]
+    q = self.to_q(latents)
+    if media.device.type != "cpu":
+        return _attend_and_project(self, q, project_both(self.to_kv, media, latents), outer)
+    k, v = self.to_kv(torch.cat((media, latents), -2)).chunk(2, -1)
+    return self.to_out(attend_together(self, q, k, v).unflatten(0, outer))
+
+
+def _attend_and_project(
+    self: Any, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], outer: torch.Size
+) -> torch.Tensor:
+    attended = attend_to_medium(q, *kv, outer, self.heads, self.heads, softmax_scale=self.scale)
     return self.to_out(attended.unflatten(0, outer))
 
 
 def resample(self: Any, x: torch.Tensor) -> torch.Tensor:
     """(B, N, R, dim) of features x (B, N, S, dim), embeddings and all."""
     attentions = [attn for attn, _ in self.layers]
+    # One's own forward takes no keys and values.
+    is_own = not all(is_patched(attn, _PERCEIVER_ATTENTION) for attn in attentions)
     # In 16 bits a CPU takes longer for two products than it saves by one norm for all layers.
-    share = False if is_16_bits_on_cpu(x) else None
+    share = False if is_own or is_16_bits_on_cpu(x) else None
     media_kv = project_for_layers(attentions, x, share=share)
     first = attentions[0]
     # Of all media the first layer's latents are the same.
@@ -266,14 +276,13 @@ def refuses_resampler(module: Any, options: Options, will_patch: Any) -> str | N
 def attention_probes(module: Any, takes_cached: bool = True) -> Iterator[Call]:
     """Of an attention: text before images, several, side by side, none, and more than there are."""
     width, weight = module.norm.normalized_shape[-1], module.to_q.weight
-    like = {"dtype": weight.dtype, "device": weight.device}
     locations = torch.zeros(3, 9, dtype=torch.bool, device=weight.device)
     for row, places in enumerate([(2, 3), (0, 4, 7), ()]):
         locations[row, list(places)] = True
-    media = torch.randn(3, 2, 5, module.to_kv.in_features, **like)
-    yield (torch.randn(3, 9, width, **like), media, locations), {}
+    media = random_like(weight, 3, 2, 5, module.to_kv.in_features)
+    yield (random_like(weight, 3, 9, width), media, locations), {}
     for count in (1, 2) if takes_cached else ():
-        x = torch.randn(3, count, width, **like)
+        x = random_like(weight, 3, count, width)
         yield (x, media), {"media_locations": locations, "use_cached_media": True}
 
 
@@ -283,12 +292,10 @@ def block_probes(module: Any, takes_cached: bool = True) -> Iterator[Call]:
         yield from attention_probes(module.attn, takes_cached)
 
 
-def _perceiver_attention_probes(module: Any) -> Iterator[Call]:
+def perceiver_attention_probes(module: Any) -> Iterator[Call]:
+    """Of an attention of latents: several media of several samples."""
     weight = module.to_q.weight
-    x, latents = (
-        torch.randn(2, 3, count, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        for count in (7, 4)
-    )
+    x, latents = (random_like(weight, 2, 3, count, weight.shape[1]) for count in (7, 4))
     yield (x, latents), {}
 
 
@@ -297,7 +304,7 @@ def _resampler_probes(module: Any) -> Iterator[Call]:
     for num_media, num_frames in ((2, 1), (1, 2)):
         if module.frame_embs is None or len(module.frame_embs) >= num_frames:
             shape = (2, num_media, num_frames, 5, latents.shape[1])
-            yield (torch.randn(shape, dtype=latents.dtype, device=latents.device),), {}
+            yield (random_like(latents, *shape),), {}
 
 
 def code_of_resampler(module: Any) -> Sequence[Any]:
@@ -328,12 +335,12 @@ RULES: tuple[Rule, ...] = (
     ),
     # flamingo-pytorch's differ in names alone.
     Rule(
-        name="open_flamingo.perceiver_attention",
+        name=_PERCEIVER_ATTENTION,
         features=("resampler",),
         matches=is_perceiver_attention,
         forward=perceiver_attention,
         known={"49ab557c59190486": _VERSION, "ff3ffa9725b65d9f": "flamingo-pytorch 0.1.2"},
-        probes=_perceiver_attention_probes,
+        probes=perceiver_attention_probes,
     ),
     Rule(
         name="open_flamingo.resampler",

@@ -31,6 +31,5 @@ class Options:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
         if self.unattended not in UNATTENDED:
-            raise ValueError(
-                f"unattended: expected one of None, 'zero', 'zero_block'; got {self.unattended!r}"
-            )
+            expected = ", ".join(map(repr, UNATTENDED))
+            raise ValueError(f"unattended: expected one of {expected}; got {self.unattended!r}")

@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.modules.resampler import attend_to_medium
 from flamingo_fast.patching import open_flamingo
 from flamingo_fast.patching.attention import (
-    attend_together,
+    UNUSUAL,
     finish_block,
     layout_of,
     leave_unattended,
     leaves_one_medium,
+    one_after_the_other,
     opened_gates,
     probe_inputs,
-    project_both,
     refuses_block,
     trains_16_bits_on_cpu,
 )
@@ -96,7 +95,7 @@ def attention(
         return own_forward(self)(x, media, media_locations, attend_previous)
     layout = _layout(self, x, media, media_locations, attend_previous)
     if layout is None:
-        tell_once(self, "media or their locations of an unusual shape or dtype")
+        tell_once(self, UNUSUAL)
         return own_forward(self)(x, media, media_locations, attend_previous)
     return open_flamingo.attend_to_media(self, x, media, layout)
 
@@ -119,29 +118,19 @@ def block(
         attend_previous=attend_previous,
     )
     out = finish_block(x, attended, self.attn_gate, self.feed_forward, self.ff_gate, options)
-    if options.unattended == "zero_block":
-        layout = _layout(self.attn, x, media, media_locations, attend_previous)
-        out = out if layout is None else leave_unattended(x, out, layout)
-    return out
+    if options.unattended != "zero_block":
+        return out
+    layout = _layout(self.attn, x, media, media_locations, attend_previous)
+    return leave_unattended(x, out, layout)
 
 
 def perceiver_block(self: Any, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """(B, N, R, dim) of features x (B, N, S, dim) and latents (B, N, R, dim)."""
-    outer = latents.shape[:-2]
-    if x.dim() != 4 or x.shape[:-2] != outer or trains_16_bits_on_cpu(x):
+    if x.dim() != 4 or x.shape[:-2] != latents.shape[:-2] or trains_16_bits_on_cpu(x):
         return own_forward(self)(x, latents)
-    x, normed = self.norm_media(x), self.norm_latents(latents)
-    q = self.to_q(normed)
-    if x.device.type == "cpu":
-        k, v = self.to_kv(torch.cat((x, normed), -2)).chunk(2, -1)
-        attended = attend_together(self, q, k, v)
-    else:
-        kv = project_both(self.to_kv, x, normed)
-        attended = attend_to_medium(q, *kv, outer, self.heads, self.heads, softmax_scale=self.scale)
-    out = residual = self.to_out(attended.unflatten(0, outer)) + latents
-    for module in self.feed_forward:
-        out = module(out)
-    return out + residual
+    attended = open_flamingo.latents_attend(self, self.norm_media(x), self.norm_latents(latents))
+    residual = attended + latents
+    return one_after_the_other(residual, self.feed_forward) + residual
 
 
 def _refuses_attention(
@@ -181,12 +170,6 @@ def _block_probes(module: Any) -> Iterator[Call]:
             yield probe_inputs(module.attn, 3, 3), {"attend_previous": attend_previous}
 
 
-def _perceiver_probes(module: Any) -> Iterator[Call]:
-    weight = module.to_kv.weight
-    x, latents = (torch.randn(2, 3, tokens, weight.shape[1]).to(weight) for tokens in (9, 4))
-    yield (x, latents), {}
-
-
 # The same code in the wheel of otter-ai 0.0.0a8.
 _VERSION = "Otter e5c67b2"
 
@@ -216,6 +199,6 @@ RULES: tuple[Rule, ...] = (
         matches=_is_perceiver_block,
         forward=perceiver_block,
         known={"e197934b703d8e00": _VERSION},
-        probes=_perceiver_probes,
+        probes=open_flamingo.perceiver_attention_probes,
     ),
 )

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from flamingo_fast.modules.norm import TorchLayerNorm
-from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.ops.gated_residual import gated_residual
 from flamingo_fast.ops.norm import gated_residual_norm
 from flamingo_fast.patching.options import Options
-from flamingo_fast.patching.state import is_patched, is_wrapped
+from flamingo_fast.patching.state import does_more, is_patched
 
 # (kind, weight, bias, eps) as the norms of `ops` have them.
 Norm = tuple[str, torch.Tensor | None, torch.Tensor | None, float]
@@ -24,7 +23,7 @@ Norm = tuple[str, torch.Tensor | None, torch.Tensor | None, float]
 # What transformers' layers call a cache.
 _CACHES = ("cache", "past_key_values", "layer_past")
 
-# Rules of modules that are an RMS norm with `weight`, and `variance_epsilon` or `eps`.
+# Rules of modules that are an RMS norm with `weight` and `variance_epsilon`.
 RMS_NORM_RULES = ("idefics.rms_norm", "idefics2.rms_norm", "mllama.rms_norm")
 
 
@@ -35,23 +34,17 @@ def is_whole(*tensors: torch.Tensor | None) -> bool:
 
 def norm_of(module: nn.Module) -> Norm | None:
     """The norm that a module is, if its parameters may be read."""
-    if has_hooks(module) or is_wrapped(module):
+    if does_more(module):
         return None
     if type(module) is TorchLayerNorm:
         if len(module.normalized_shape) != 1:
             return None
         found: Norm = ("layer", module.weight, module.bias, module.eps)
     elif is_patched(module, *RMS_NORM_RULES):
-        found = ("rms", module.weight, None, rms_eps(module))  # type: ignore[assignment]
+        found = ("rms", module.weight, None, module.variance_epsilon)  # type: ignore[assignment]
     else:
         return None
     return found if is_whole(found[1], found[2]) else None
-
-
-def rms_eps(module: nn.Module) -> float:
-    """Of transformers' RMS norms."""
-    eps = getattr(module, "variance_epsilon", None)
-    return module.eps if eps is None else eps  # type: ignore[return-value]
 
 
 def add_gated(
@@ -96,7 +89,7 @@ def add_gated_norm(
 
 
 def _is_watched(tanh: nn.Module | None) -> bool:
-    return tanh is not None and (has_hooks(tanh) or is_wrapped(tanh))
+    return tanh is not None and does_more(tanh)
 
 
 # Elements; of fewer, fused operations take longer to call than to run: 33 us a gated layer.

@@ -41,7 +41,8 @@ class Remembered:
 
 def _forget(remembered: Remembered | None, source: Any) -> None:
     if remembered is not None and remembered._source is source:
-        remembered._source, remembered._key, remembered._value = None, (), None
+        remembered._source, remembered._key = None, ()
+        remembered._value = remembered._sample = None
 
 
 def _is_captured(source: torch.Tensor) -> bool:

@@ -67,10 +67,12 @@ def register(*rules: Rule, overwrite: bool = False) -> None:
     Raises:
         ValueError: a name that is taken, unless `overwrite`.
     """
+    added: dict[str, Rule] = {}
     for rule in rules:
-        if rule.name in _rules and not overwrite:
+        if (rule.name in _rules or rule.name in added) and not overwrite:
             raise ValueError(f"rules: there is a rule {rule.name!r}; overwrite=True replaces it")
-    _rules.update({rule.name: rule for rule in rules})
+        added[rule.name] = rule
+    _rules.update(added)
 
 
 def unregister(name: str) -> None:
@@ -103,6 +105,16 @@ def functions_beside(forward: Callable[..., Any], *names: str) -> tuple[Callable
     """Functions of these names in the forward's own file, as far as there are any."""
     of_file = getattr(inspect.unwrap(forward), "__globals__", {})
     return tuple(of_file[name] for name in names if name in of_file)
+
+
+def own_code(*names: str) -> Callable[[nn.Module], Sequence[Callable[..., Any]]]:
+    """For `Rule.code`: a module's own forward, and functions of these names in its file."""
+
+    def code(module: nn.Module) -> Sequence[Callable[..., Any]]:
+        forward = type(module).forward
+        return (forward, *functions_beside(forward, *names))
+
+    return code
 
 
 def takes(module: nn.Module, *names: str) -> bool:

@@ -1,15 +1,17 @@
 """What a patched module keeps, and how its fast forward gets at it."""
 
+import contextlib
 import dataclasses
 import functools
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from flamingo_fast.modules.plain import has_hooks
 from flamingo_fast.patching.options import Options
 
 _STATE = "_flamingo_fast"
@@ -65,8 +67,10 @@ def is_patched(module: nn.Module, *rules: str) -> bool:
     )
 
 
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether the forward on the instance does more than that of the class or the fast one."""
+def does_more(module: nn.Module) -> bool:
+    """Whether it has hooks, or a forward on the instance besides the class's and the fast one."""
+    if has_hooks(module):
+        return True
     forward = module.__dict__.get("forward")
     state = state_of(module)
     return not (
@@ -136,6 +140,27 @@ def detach(module: nn.Module) -> None:
         del module.__dict__[place]
     elif place is not None:
         module.__dict__[place] = types.MethodType(type(module).forward, module)
+
+
+@contextlib.contextmanager
+def unpatched(model: nn.Module) -> Iterator[None]:
+    """Inside, no module of the model is patched; afterwards those that were are again."""
+    before = [
+        (module, state, module.__dict__[place])
+        for module in model.modules()
+        if (state := state_of(module)) is not None and (place := _place_of(module, state))
+    ]
+    for module, _, _ in before:
+        detach(module)
+    try:
+        yield
+    finally:
+        for module, state, fast in before:
+            # Not what others put in its place meanwhile.
+            if state_of(module) is None and replaced_forward(module) is None:
+                # The very objects: torch.compile would compile again for others.
+                module.__dict__[_STATE] = state
+                module.__dict__[_place(module)] = fast
 
 
 def _place(module: nn.Module) -> str:

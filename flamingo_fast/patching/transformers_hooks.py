@@ -44,11 +44,11 @@ def patch_on_load(**options: Any) -> Iterator[list[PatchReport]]:
         A list, to which the report of each model is added.
 
     Raises:
-        ImportError: transformers 4, which has no hook for it; `patch` the model after loading.
+        ImportError: no transformers, or version 4, which has no hook for it; `patch` the model
+            after loading.
         TypeError, ValueError: a wrong argument, by name; a `patch_on_load` inside another.
     """
-    import transformers
-
+    transformers = _transformers()
     try:
         hooks = importlib.import_module("transformers.monkey_patching")
     except ImportError as error:
@@ -82,6 +82,13 @@ def patch_on_load(**options: Any) -> Iterator[list[PatchReport]]:
     finally:
         hooks.unregister_patch_mapping(list(mapping))
         _put_back(mapping.values())
+
+
+def _transformers() -> Any:
+    # Here: it imports all of `models`.
+    from flamingo_fast.models.extras import require
+
+    return require("transformers")
 
 
 class _StandIn(type):
@@ -127,7 +134,11 @@ def register_attention() -> None:
     It is "sdpa", but cross-attention to images without a mask is to all of them, as in "eager":
     "sdpa" takes it for causal (transformers #48172). Layouts in place of masks are what `patch` is
     for: an attention function gets the dense mask, which has cost its time by then.
+
+    Raises:
+        ImportError: transformers is not installed; says how to install it.
     """
+    _transformers()
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 

@@ -12,12 +12,15 @@ from flamingo_fast.kernels.one_medium_forward import one_medium_fwd
 from flamingo_fast.kernels.several_media_backward import several_media_bwd
 from flamingo_fast.kernels.several_media_forward import several_media_fwd
 from flamingo_fast.testing.aot import KernelCase, Rules
+from flamingo_fast.testing.inputs import meta_tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+_SEVERAL_MEDIA = (
+    "_several_media_fwd_kernel",
+    "_several_media_dq_kernel",
+    "_several_media_dkv_kernel",
+)
 
 
 def attention_cases() -> Iterator[KernelCase]:
@@ -27,13 +30,9 @@ def attention_cases() -> Iterator[KernelCase]:
 
 def _one_medium_cases() -> Iterator[KernelCase]:
     """Rows of 2048 tokens have tiles of 32 rows, decoding has tiles of 16."""
-    tuned = [("bf16", head_dim) for head_dim in (64, 80, 96, 128)] + [("fp16", 128)]
-    for name, head_dim in tuned:
-        yield from _one_medium(
-            f"{name}/64x{head_dim}",
-            torch.float16 if name == "fp16" else torch.bfloat16,
-            head_dim=head_dim,
-        )
+    for head_dim in (64, 80, 96, 128):
+        yield from _one_medium(f"bf16/64x{head_dim}", BF16, head_dim=head_dim)
+    yield from _one_medium("fp16/64x128", FP16, head_dim=128)
     for head_dim in (64, 128):
         variant = functools.partial(_one_medium, dtype=torch.bfloat16, head_dim=head_dim)
         yield from variant(f"bf16/64x{head_dim}_decode", seqlen=1)
@@ -74,15 +73,15 @@ def _one_medium(
     sorted_rows: bool = False,
     input_precision: str = "ieee",
 ) -> Iterator[KernelCase]:
-    q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
+    q = meta_tensor(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
     # As halves of one projection.
-    k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
-    dkv = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
-    lse = _meta(kv_heads, batch, seqlen, group)
-    work_items = _meta(media + 9, 4, dtype=torch.int32)
-    split_media = _meta(16, 3, dtype=torch.int32)
-    media_seqlens = _meta(media, dtype=torch.int32) if seqlens else None
-    row_index = _meta(batch * seqlen, dtype=torch.int32) if sorted_rows else None
+    k, v = meta_tensor(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
+    dkv = meta_tensor(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
+    lse = meta_tensor(kv_heads, batch, seqlen, group)
+    work_items = meta_tensor(media + 9, 4, dtype=torch.int32)
+    split_media = meta_tensor(16, 3, dtype=torch.int32)
+    media_seqlens = meta_tensor(media, dtype=torch.int32) if seqlens else None
+    row_index = meta_tensor(batch * seqlen, dtype=torch.int32) if sorted_rows else None
     scale = head_dim**-0.5
     forward = functools.partial(
         one_medium_fwd,
@@ -117,12 +116,12 @@ def _one_medium(
     )
     yield KernelCase(
         f"one_medium_bwd/{name}",
-        functools.partial(backward, dq=_meta(*q.shape, dtype=dtype), dkv=dkv),
+        functools.partial(backward, dq=meta_tensor(*q.shape, dtype=dtype), dkv=dkv),
         rules,
     )
     yield KernelCase(
         f"one_medium_bwd_dq/{name}",
-        functools.partial(backward, dq=_meta(*q.shape, dtype=dtype), dkv=_meta(0)),
+        functools.partial(backward, dq=meta_tensor(*q.shape, dtype=dtype), dkv=meta_tensor(0)),
         rules,
     )
 
@@ -205,13 +204,13 @@ def _several_media(
     input_precision: str = "ieee",
     forward_only: bool = False,
 ) -> Iterator[KernelCase]:
-    q = _meta(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
-    k, v = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
-    dkv = _meta(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
-    start = _meta(batch, seqlen, dtype=torch.int32)
-    media_bits = _meta(batch, seqlen, 1, dtype=torch.int64) if bits else None
-    cu_media = _meta(batch + 1, dtype=torch.int32)
-    media_seqlens = _meta(media, dtype=torch.int32) if seqlens else None
+    q = meta_tensor(batch, seqlen, kv_heads * group, head_dim, dtype=dtype)
+    k, v = meta_tensor(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).unbind(2)
+    dkv = meta_tensor(media, num_keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
+    start = meta_tensor(batch, seqlen, dtype=torch.int32)
+    media_bits = meta_tensor(batch, seqlen, 1, dtype=torch.int64) if bits else None
+    cu_media = meta_tensor(batch + 1, dtype=torch.int32)
+    media_seqlens = meta_tensor(media, dtype=torch.int32) if seqlens else None
     forward = functools.partial(
         several_media_fwd,
         q,
@@ -234,11 +233,11 @@ def _several_media(
         k,
         v,
         q,
-        _meta(*lse_shape(q, kv_heads)),
+        meta_tensor(*lse_shape(q, kv_heads)),
         start,
         start,
         media_bits,
-        _meta(media, 2, dtype=torch.int32),
+        meta_tensor(media, 2, dtype=torch.int32),
         cu_media,
         media_seqlens,
         media // batch,
@@ -246,27 +245,32 @@ def _several_media(
         head_dim**-0.5,
         input_precision=input_precision,
     )
-    rules = _several_media_rules(dtype, head_dim, input_precision)
+    rules = product_rules(_SEVERAL_MEDIA, dtype, head_dim, input_precision)
     yield KernelCase(
         f"several_media_fwd/{name}", functools.partial(forward, need_lse=not forward_only), rules
     )
     if forward_only:
         return
-    dq = _meta(*q.shape, dtype=dtype)
+    dq = meta_tensor(*q.shape, dtype=dtype)
     yield KernelCase(
         f"several_media_bwd/{name}", functools.partial(backward, dq=dq, dkv=dkv), rules
     )
     yield KernelCase(
-        f"several_media_bwd_dq/{name}", functools.partial(backward, dq=dq, dkv=_meta(0)), rules
+        f"several_media_bwd_dq/{name}",
+        functools.partial(backward, dq=dq, dkv=meta_tensor(0)),
+        rules,
     )
 
 
-def _several_media_rules(dtype: torch.dtype, head_dim: int, input_precision: str) -> Rules:
-    products = (
-        "_several_media_fwd_kernel",
-        "_several_media_dq_kernel",
-        "_several_media_dkv_kernel",
-    )
+def product_rules(
+    kernels: tuple[str, ...],
+    dtype: torch.dtype,
+    head_dim: int,
+    input_precision: str,
+    *,
+    stores_128bit: bool = False,
+) -> Rules:
+    """Of kernels that are matrix products, and from head dim 64 on load 16 bytes at a time."""
     if dtype == torch.float32:
         return Rules(
             allow_tf32=input_precision == "tf32",
@@ -274,6 +278,7 @@ def _several_media_rules(dtype: torch.dtype, head_dim: int, input_precision: str
         )
     return Rules(
         may_spill="head dims above 128 are right, not tuned" if head_dim > 128 else "",
-        loads_128bit=products if head_dim >= 64 else (),
-        tensor_cores=products,
+        loads_128bit=kernels if head_dim >= 64 else (),
+        stores_128bit=kernels if stores_128bit and head_dim >= 64 else (),
+        tensor_cores=kernels,
     )

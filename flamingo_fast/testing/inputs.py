@@ -1,8 +1,13 @@
-"""Random inputs in the memory layouts that models hand to ops."""
+"""Random inputs in the memory layouts that models hand to ops, and ones without values."""
 
 import torch
 
 LAYOUTS = ("contiguous", "sliced", "padded", "transposed", "stepped", "expanded")
+
+
+def meta_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """For launches that are compiled and not run."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def random_tensor(

@@ -14,16 +14,13 @@ from flamingo_fast.kernels.norm_forward import gated_residual_norm_fwd, norm_fwd
 from flamingo_fast.kernels.squared_relu import squared_relu_bwd, squared_relu_fwd
 from flamingo_fast.testing.aot import KernelCase, Rules
 from flamingo_fast.testing.attention_kernel_cases import attention_cases
+from flamingo_fast.testing.inputs import meta_tensor
 from flamingo_fast.testing.latent_kernel_cases import latent_cases
 
 ROWS = 8192
 # One for each power of two that a launch configuration depends on.
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _rules(kernel: str, x: torch.Tensor, *, only_loads: tuple[str, ...] = ()) -> Rules:
@@ -40,7 +37,7 @@ def _rules(kernel: str, x: torch.Tensor, *, only_loads: tuple[str, ...] = ()) ->
 
 def _squared_relu_cases() -> Iterator[KernelCase]:
     for name, dtype in DTYPES.items():
-        x = _meta(ROWS, 4096, dtype=dtype)
+        x = meta_tensor(ROWS, 4096, dtype=dtype)
         yield KernelCase(
             f"squared_relu_fwd/{name}",
             functools.partial(squared_relu_fwd, x),
@@ -56,15 +53,17 @@ def _squared_relu_cases() -> Iterator[KernelCase]:
 def _gated_residual_cases() -> Iterator[KernelCase]:
     # Contiguous tensors under a scalar gate are cut into tiles of one size, whatever their width.
     for name, dtype in DTYPES.items():
-        yield from _gated_residual(f"scalar_gate/{name}", _meta(ROWS, 4096, dtype=dtype), _meta(1))
+        yield from _gated_residual(
+            f"scalar_gate/{name}", meta_tensor(ROWS, 4096, dtype=dtype), meta_tensor(1)
+        )
     for width in (64, 128, 256, 512, 1024):
         for name in ("bf16", "fp32"):
-            x = _meta(ROWS, width, dtype=DTYPES[name])
-            yield from _gated_residual(f"vector_gate/{name}/{width}", x, _meta(width))
-    odd = _meta(ROWS, 1001, dtype=torch.bfloat16)
-    yield from _gated_residual("vector_gate/bf16/1001", odd, _meta(1001))
-    padded = _meta(ROWS, 4096 + 64, dtype=torch.bfloat16)[:, :4096]
-    yield from _gated_residual("scalar_gate/bf16/4096_padded", padded, _meta(1))
+            x = meta_tensor(ROWS, width, dtype=DTYPES[name])
+            yield from _gated_residual(f"vector_gate/{name}/{width}", x, meta_tensor(width))
+    odd = meta_tensor(ROWS, 1001, dtype=torch.bfloat16)
+    yield from _gated_residual("vector_gate/bf16/1001", odd, meta_tensor(1001))
+    padded = meta_tensor(ROWS, 4096 + 64, dtype=torch.bfloat16)[:, :4096]
+    yield from _gated_residual("scalar_gate/bf16/4096_padded", padded, meta_tensor(1))
 
 
 def _gated_residual(name: str, x: torch.Tensor, gate: torch.Tensor) -> Iterator[KernelCase]:
@@ -83,32 +82,34 @@ def _gated_residual(name: str, x: torch.Tensor, gate: torch.Tensor) -> Iterator[
 def _norm_cases() -> Iterator[KernelCase]:
     for width in WIDTHS:
         for name in ("bf16", "fp32"):
-            x = _meta(ROWS, width, dtype=DTYPES[name])
-            parameter, gate = _meta(width), _meta(1)
+            x = meta_tensor(ROWS, width, dtype=DTYPES[name])
+            parameter, gate = meta_tensor(width), meta_tensor(1)
             yield from _norm(f"rms/{name}/{width}", x, parameter, None)
             yield from _gated_norm(f"layer/{name}/{width}", x, gate, parameter, parameter)
             yield from _gated_norm(
                 f"layer_vector_gate/{name}/{width}", x, parameter, parameter, parameter
             )
-    x = _meta(ROWS, 2048, dtype=torch.float16)
-    yield from _gated_norm("layer/fp16/2048", x, _meta(1), _meta(2048), _meta(2048))
-    x = _meta(ROWS, 2048, dtype=torch.bfloat16)
-    yield from _norm("layer/bf16/2048", x, _meta(2048), _meta(2048))
+    x = meta_tensor(ROWS, 2048, dtype=torch.float16)
+    yield from _gated_norm(
+        "layer/fp16/2048", x, meta_tensor(1), meta_tensor(2048), meta_tensor(2048)
+    )
+    x = meta_tensor(ROWS, 2048, dtype=torch.bfloat16)
+    yield from _norm("layer/bf16/2048", x, meta_tensor(2048), meta_tensor(2048))
     # As in a model converted to bf16, parameters and all.
-    parameter = _meta(2048, dtype=torch.bfloat16)
-    gate = _meta(1, dtype=torch.bfloat16)
+    parameter = meta_tensor(2048, dtype=torch.bfloat16)
+    gate = meta_tensor(1, dtype=torch.bfloat16)
     yield from _gated_norm("rms/bf16_parameters/2048", x, gate, parameter, None)
-    odd = _meta(ROWS, 1001, dtype=torch.bfloat16)
-    yield from _gated_norm("layer_vector_gate/bf16/1001", odd, *[_meta(1001)] * 3)
-    one = _meta(ROWS, 1, dtype=torch.bfloat16)
-    yield from _norm("layer/bf16/1", one, _meta(1), _meta(1))
+    odd = meta_tensor(ROWS, 1001, dtype=torch.bfloat16)
+    yield from _gated_norm("layer_vector_gate/bf16/1001", odd, *[meta_tensor(1001)] * 3)
+    one = meta_tensor(ROWS, 1, dtype=torch.bfloat16)
+    yield from _norm("layer/bf16/1", one, meta_tensor(1), meta_tensor(1))
     # The norm of q in a fused projection: heads are rows, and no stride is the width.
-    qkv = _meta(4, 2048, 3, 16, 128, dtype=torch.bfloat16)
-    yield from _norm("rms/bf16/128_heads", qkv[:, :, 0], _meta(128), None)
+    qkv = meta_tensor(4, 2048, 3, 16, 128, dtype=torch.bfloat16)
+    yield from _norm("rms/bf16/128_heads", qkv[:, :, 0], meta_tensor(128), None)
 
 
 def _statistics(x: torch.Tensor) -> torch.Tensor:
-    return _meta(*x.shape[:-1])
+    return meta_tensor(*x.shape[:-1])
 
 
 def _norm(
@@ -124,7 +125,7 @@ def _norm(
         f"norm_bwd/{name}",
         functools.partial(
             norm_bwd,
-            _meta(*x.shape, dtype=x.dtype),
+            meta_tensor(*x.shape, dtype=x.dtype),
             x,
             weight,
             bias,

@@ -8,9 +8,11 @@ import torch
 from flamingo_fast.kernels.attention_config import lse_shape
 from flamingo_fast.kernels.latent_backward import latent_bwd
 from flamingo_fast.kernels.latent_forward import latent_fwd
-from flamingo_fast.testing.aot import KernelCase, Rules
+from flamingo_fast.testing.aot import KernelCase
+from flamingo_fast.testing.attention_kernel_cases import BF16, FP16, FP32, product_rules
+from flamingo_fast.testing.inputs import meta_tensor
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_LATENT = ("_latent_fwd_kernel", "_latent_bwd_kernel", "_latent_dkv_kernel")
 
 # What wants gradients: q, the media, the latents.
 GRADIENTS = {
@@ -18,10 +20,6 @@ GRADIENTS = {
     "latent_bwd_dq": (True, False, False),
     "latent_bwd_frozen_media": (True, False, True),
 }
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def latent_cases() -> Iterator[KernelCase]:
@@ -74,15 +72,15 @@ def _latent(
     input_precision: str = "ieee",
     gradients: tuple[str, ...] = ("latent_bwd",),
 ) -> Iterator[KernelCase]:
-    q = _meta(media, latents, kv_heads * group, head_dim, dtype=dtype)
+    q = meta_tensor(media, latents, kv_heads * group, head_dim, dtype=dtype)
 
     def projection(keys: int) -> torch.Tensor:
-        return _meta(media, keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
+        return meta_tensor(media, keys, 2, kv_heads, head_dim, dtype=dtype).movedim(2, 0)
 
     k_media, v_media = projection(num_keys).unbind(0)
     k_latents, v_latents = projection(latents).unbind(0)
-    media_seqlens = _meta(media, dtype=torch.int32) if seqlens else None
-    rules = _rules(dtype, head_dim, input_precision)
+    media_seqlens = meta_tensor(media, dtype=torch.int32) if seqlens else None
+    rules = product_rules(_LATENT, dtype, head_dim, input_precision, stores_128bit=True)
     yield KernelCase(
         f"latent_fwd/{name}",
         functools.partial(
@@ -112,28 +110,13 @@ def _latent(
                 k_latents,
                 v_latents,
                 q,
-                _meta(*lse_shape(q, kv_heads)),
+                meta_tensor(*lse_shape(q, kv_heads)),
                 media_seqlens,
                 head_dim**-0.5,
-                dq=_meta(*q.shape, dtype=dtype) if need_dq else _meta(0),
-                dmedia=projection(num_keys) if need_dmedia else _meta(0),
-                dlatents=projection(latents) if need_dlatents else _meta(0),
+                dq=meta_tensor(*q.shape, dtype=dtype) if need_dq else meta_tensor(0),
+                dmedia=projection(num_keys) if need_dmedia else meta_tensor(0),
+                dlatents=projection(latents) if need_dlatents else meta_tensor(0),
                 input_precision=input_precision,
             ),
             rules,
         )
-
-
-def _rules(dtype: torch.dtype, head_dim: int, input_precision: str) -> Rules:
-    products = ("_latent_fwd_kernel", "_latent_bwd_kernel", "_latent_dkv_kernel")
-    if dtype == torch.float32:
-        return Rules(
-            allow_tf32=input_precision == "tf32",
-            may_spill="launch configurations are tuned for 16-bit types",
-        )
-    return Rules(
-        may_spill="head dims above 128 are right, not tuned" if head_dim > 128 else "",
-        loads_128bit=products if head_dim >= 64 else (),
-        stores_128bit=products if head_dim >= 64 else (),
-        tensor_cores=products,
-    )

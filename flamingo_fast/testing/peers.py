@@ -19,6 +19,8 @@ from unittest import mock
 
 import torch
 
+from flamingo_fast.models.extras import require
+
 OPEN_FLAMINGO = "open-flamingo==2.0.1"
 FLAMINGO_PYTORCH = "flamingo-pytorch==0.1.2"
 
@@ -245,13 +247,7 @@ def attention_in_place(
 
 
 def _of_transformers(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"transformers.models.{name}")
-    except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
-        raise ImportError(
-            f"{missing} is not installed: pip install 'flamingo_fast[models]'"
-        ) from error
+    return require(f"transformers.models.{name}")
 
 
 def _load(name: str, requirement: str) -> ModuleType:
