@@ -238,7 +238,7 @@ FAMILIES: dict[str, Family] = {
 WRAPPED = "_checkpoint_wrapped_module"
 
 
-def recompute(model: nn.Module, family: Family) -> None:
+def recompute(model: nn.Module) -> None:
     """Has layers run again in backward: transformers' by themselves, others in wrappers."""
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": False})

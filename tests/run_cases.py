@@ -61,7 +61,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def make_data(folder: Path, *, pairs: int = 30, pages: int = 12, bad: int = 0) -> None:
+def make_data(folder: Path, *, pairs: int = 30, bad: int = 0) -> None:
     """A tokenizer, pairs.tar, of which the last `bad` have no text, and pages.tar."""
     tokenizer().save_pretrained(folder / "tokenizer")
     chosen = random.Random(0)
@@ -74,7 +74,7 @@ def make_data(folder: Path, *, pairs: int = 30, pages: int = 12, bad: int = 0) -
             members.append((f"{index:04}.txt", text.encode()))
     write_tar(folder / "pairs.tar", members)
     members = []
-    for index in range(pages):
+    for index in range(12):
         colors = chosen.choices(COLORS, k=chosen.randint(0, 3))
         images: list[str | None] = [None]
         texts: list[str | None] = ["a"]

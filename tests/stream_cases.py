@@ -60,11 +60,11 @@ def pairs(lengths: Sequence[int]) -> list[tuple[str, dict[str, bytes]]]:
     ]
 
 
-def write_pairs(folder: Path, lengths: Sequence[int], shards: int = 3) -> str:
-    """Shards of `pairs`; returns the pattern of their paths."""
+def write_pairs(folder: Path, lengths: Sequence[int]) -> str:
+    """Three shards of `pairs`; returns the pattern of their paths."""
     records = pairs(lengths)
-    size = -(-len(records) // shards)
-    for i in range(shards):
+    size = -(-len(records) // 3)
+    for i in range(3):
         write_tar(folder / f"pairs-{i}.tar", records[i * size : (i + 1) * size])
     return str(folder / "pairs-*.tar")
 

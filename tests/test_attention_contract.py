@@ -436,6 +436,14 @@ def test_peak_bytes_counts_what_is_alive_at_once():
     assert 1 << 20 <= peak_bytes(function) < (1 << 20) + (1 << 14)
 
 
+@every_layout
+def test_the_torch_implementation_is_one_node(make_layout):
+    layout = make_layout()
+    out = ff.masked_cross_attention(**inputs_of(layout), layout=layout, impl="torch")
+    before = [type(node).__name__ for node, _ in out.grad_fn.next_functions if node is not None]
+    assert before == ["AccumulateGrad"] * 3
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize(("batch", "seqlen", "media"), [(1, 2048, 32), (4, 256, 5)])
 def test_the_torch_implementation_allocates_little(batch, seqlen, media, dtype):

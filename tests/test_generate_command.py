@@ -35,11 +35,11 @@ def word_tokenizer(*more):
     )
 
 
-def tiny_model(seed=0):
+def tiny_model():
     base = FlamingoConfig.preset("flamingo-mini")
     lm = dataclasses.replace(base.lm, vocab_size=len(WORDS), dim=32, depth=2)
     conditioning = dataclasses.replace(base.conditioning, dim_media=None)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = Flamingo(dataclasses.replace(base, lm=lm, conditioning=conditioning)).eval()
     with torch.no_grad():
         for parameter in (*model.conditioning.parameters(), *model.lang_model.parameters()):

@@ -102,16 +102,16 @@ CASES = {
 }
 
 
-def make_batch(case: Case, seed: int, rows: int = 4, length: int = 8) -> Batch:
+def make_batch(case: Case, seed: int, rows: int = 4) -> Batch:
     """Rows with two media each, but those of text alone."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, VOCAB, (rows, length), generator=generator)
+    ids = torch.randint(5, VOCAB, (rows, 8), generator=generator)
     for row in range(rows):
         if row not in case.text_only:
             ids[row, 0] = ids[row, 4] = IMAGE
     labels = ids.masked_fill(ids == IMAGE, -100)
     # The ranks predict different numbers of tokens.
-    labels[0, length // 2 :] = -100
+    labels[0, 4:] = -100
     num_media = [0 if row in case.text_only else 2 for row in range(rows)]
     shape = (4, 12) if case.has_features else (3, 8, 8)
     media = [
@@ -125,7 +125,7 @@ def make_batch(case: Case, seed: int, rows: int = 4, length: int = 8) -> Batch:
     if case.is_packed:
         labels[:, [0, 4]] = -100
         batch.attention_mask = None
-        batch.cu_seqlens = torch.arange(0, rows * length + 1, 4, dtype=torch.int32)
+        batch.cu_seqlens = torch.arange(0, rows * 8 + 1, 4, dtype=torch.int32)
         batch.num_media = [count // 2 for count in num_media for _ in range(2)]
         batch.attend = ["next", "previous"] * rows
     return batch
