@@ -7,17 +7,17 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import tarfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import PIL.Image
-import tokenizers
 import torch
 import transformers
 import yaml
+from rank_cases import free_port
+from tokenizer_cases import word_tokenizer
 
 from flamingo_fast.models.fields import from_dict
 from flamingo_fast.training import checkpoints, trainer
@@ -39,12 +39,7 @@ MODEL: dict[str, Any] = {
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", unk_token="<unk>"
-    )
+    return word_tokenizer(WORDS)
 
 
 def png(color: str) -> bytes:
@@ -152,9 +147,7 @@ def start(values: dict[str, Any], *, ranks: int = 1, kill: str = "") -> list[Any
     Arguments:
         kill: where they kill themselves by SIGKILL, see `_killing`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         _PROCESSES.Process(target=_train, args=(rank, ranks, port, values, kill))
         for rank in range(ranks)

@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 import torch._inductor.config
+from attention_cases import assert_bits_equal
+from module_cases import saved_bytes
 from op_cases import OPS, Case, Op, check
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -29,12 +31,6 @@ def _run(op: Op, case: Case, impl: str, wrap=lambda function: function) -> dict[
     return outputs_and_gradients(function, case.inputs(op), op.outputs, case.output_gradients(op))
 
 
-def _assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
-
-
 @every_op
 def test_compile_fullgraph(op, guarded):
     """The kernels are opaque to the compiler, so a compiled call returns the eager bits."""
@@ -45,7 +41,7 @@ def test_compile_fullgraph(op, guarded):
         "triton",
         wrap=functools.partial(torch.compile, fullgraph=True, backend="aot_eager"),
     )
-    _assert_equal(compiled, _run(op, case, "triton"))
+    assert_bits_equal(compiled, _run(op, case, "triton"))
 
 
 def test_compile_with_shapes_that_may_change():
@@ -296,7 +292,7 @@ def test_activation_checkpointing(op, impl, guarded):
     def checkpointed(function):
         return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False)
 
-    _assert_equal(_run(op, case, impl, wrap=checkpointed), _run(op, case, impl))
+    assert_bits_equal(_run(op, case, impl, wrap=checkpointed), _run(op, case, impl))
 
 
 @every_impl
@@ -365,8 +361,8 @@ def test_program_order_and_repetition_change_no_bit(op):
     for seed in (0, 1, 1):
         with guard(shuffle_seed=seed):
             runs.append(_run(op, case, "triton"))
-    _assert_equal(runs[1], runs[0])
-    _assert_equal(runs[2], runs[0])
+    assert_bits_equal(runs[1], runs[0])
+    assert_bits_equal(runs[2], runs[0])
 
 
 @pytest.mark.parametrize("width", [48, 1024, 5000])
@@ -391,19 +387,11 @@ def test_a_row_does_not_depend_on_the_batch(op, width, guarded):
 def test_saved_for_backward(op, impl):
     """At most one tensor of x's size, one of y's, and O(rows + width)."""
     case = Case((64, 256), torch.bfloat16, parameter_dtype=torch.float32, vector_gate=True)
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     inputs = case.inputs(op)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = op.ours(*inputs.values(), impl=impl)
+    saved = saved_bytes(lambda: op.ours(*inputs.values(), impl=impl))
     rows, width = case.shape
     big = sum(inputs[name].nbytes for name in ("x", "y") if name in inputs)
-    assert outputs is not None and sum(saved.values()) <= big + 8 * rows + 12 * width
+    assert sum(saved.values()) <= big + 8 * rows + 12 * width
 
 
 @every_impl

@@ -8,7 +8,6 @@ seen is a tenth of that. In bf16: 1e-2, 5e-2, and a half.
 import dataclasses
 import functools
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
-from rank_cases import met, on_ranks
+from rank_cases import free_port, met, on_ranks
 from torch.distributed.tensor import DTensor
 
 from flamingo_fast.models.config import ConfigError
@@ -372,10 +371,10 @@ def test_wrong_fields_are_named():
             call()
 
 
-def test_processes_that_torchrun_started(monkeypatch, free_port):
+def test_processes_that_torchrun_started(monkeypatch):
     assert init_distributed("cpu") == torch.device("cpu") and not dist.is_initialized()
     values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
-    for name, value in {**values, "MASTER_PORT": free_port}.items():
+    for name, value in {**values, "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
     try:
         assert init_distributed("cpu") == torch.device("cpu")
@@ -383,10 +382,3 @@ def test_processes_that_torchrun_started(monkeypatch, free_port):
         assert make_ranks(ParallelConfig(), "cpu") == Ranks(torch.device("cpu"))
     finally:
         dist.destroy_process_group()
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("localhost", 0))
-        return opened.getsockname()[1]
