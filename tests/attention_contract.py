@@ -63,12 +63,6 @@ def run_layout(
     )
 
 
-def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
-
-
 def with_checkpoint(function):
     return lambda *arguments: checkpoint(function, *arguments, use_reentrant=False)
 

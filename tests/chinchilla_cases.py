@@ -17,8 +17,8 @@ CONFIG = LanguageModelConfig(vocab_size=VOCAB, dim=24, depth=3, heads=2, dim_hea
 EPS = 1e-5
 
 
-def make_lm(dtype=FP32, config=CONFIG):
-    return randomized(ChinchillaLM(config), std=0.2).to(dtype).eval()
+def make_lm(dtype=FP32):
+    return randomized(ChinchillaLM(CONFIG), std=0.2).to(dtype).eval()
 
 
 def make_ids(batch=2, length=7, seed=0):
@@ -27,11 +27,11 @@ def make_ids(batch=2, length=7, seed=0):
     return ids.to(torch.get_default_device())
 
 
-def make_cache(kind, length=16, config=CONFIG):
+def make_cache(kind, length=16):
     cache_utils = pytest.importorskip("transformers.cache_utils")
     if kind == "dynamic":
         return cache_utils.DynamicCache()
-    return cache_utils.Cache(layers=[cache_utils.StaticLayer(length) for _ in range(config.depth)])
+    return cache_utils.Cache(layers=[cache_utils.StaticLayer(length) for _ in range(CONFIG.depth)])
 
 
 def embedding_of_distance(distance, dim):

@@ -151,9 +151,3 @@ def _scales(case: LatentCase, oracle: dict[str, torch.Tensor]) -> dict[str, floa
         return {}
     log_sum = math.log(case.features)
     return {name: log_sum * tensor.abs().max().item() for name, tensor in oracle.items()}
-
-
-def assert_bits_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(got[name], expected[name]), name

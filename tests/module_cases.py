@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from flamingo_fast.testing.compare import Comparison, compare
 from flamingo_fast.testing.inputs import random_tensor
@@ -120,9 +121,15 @@ def like(peer: nn.Module, ours: nn.Module) -> nn.Module:
     return ours.to(next(peer.parameters()).dtype)
 
 
-def saved_bytes(module: nn.Module, *arguments: torch.Tensor) -> dict[int, int]:
-    """Of each storage that the backward keeps, parameters aside: its bytes by address."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+def saved_bytes(
+    call: Callable[[], Any], given: Iterable[torch.Tensor | None] = ()
+) -> dict[int, int]:
+    """Of each storage that the backward of `call` keeps: its bytes by address.
+
+    Arguments:
+        given: tensors whose storages are not counted.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in given if tensor is not None}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,6 +140,6 @@ def saved_bytes(module: nn.Module, *arguments: torch.Tensor) -> dict[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         # Alive, or an address would be another storage's later.
-        out = module(*arguments)
-    assert out.requires_grad
+        out = call()
+    assert all(tensor.requires_grad for tensor in pytree.tree_leaves(out))
     return {address: nbytes for address, (nbytes, _) in kept.items()}

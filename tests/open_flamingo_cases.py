@@ -24,14 +24,12 @@ LAYERS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "llama": "mode
 FAMILIES = list(LAYERS)
 
 
-def make_lang_model(family: str, vocab_size: int = ALL, depth: int = 4) -> nn.Module:
+def make_lang_model(family: str, vocab_size: int = ALL) -> nn.Module:
     options = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": PAD}
     if family == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=DIM, n_layer=depth, n_head=2, n_positions=64, **options
-        )
+        config = transformers.GPT2Config(n_embd=DIM, n_layer=4, n_head=2, n_positions=64, **options)
     else:
-        options |= {"hidden_size": DIM, "num_hidden_layers": depth, "num_attention_heads": 2}
+        options |= {"hidden_size": DIM, "num_hidden_layers": 4, "num_attention_heads": 2}
         if family == "opt":
             config = transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=DIM, **options)
         else:
@@ -39,11 +37,11 @@ def make_lang_model(family: str, vocab_size: int = ALL, depth: int = 4) -> nn.Mo
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def make_peer(family: str, every: int, depth: int = 4) -> nn.Module:
+def make_peer(family: str, every: int) -> nn.Module:
     """OpenFlamingo's model, random weights in all of it, gates open."""
     peer = peers.open_flamingo_model(
         Visual(),
-        make_lang_model(family, depth=depth),
+        make_lang_model(family),
         LAYERS[family],
         vis_dim=FEATURES,
         eoc_token_id=EOC,
@@ -53,9 +51,9 @@ def make_peer(family: str, every: int, depth: int = 4) -> nn.Module:
     return randomized(peer, std=0.2).eval()
 
 
-def make_ours(family: str, every: int, depth: int = 4, vocab_size: int = ALL) -> Flamingo:
+def make_ours(family: str, every: int, vocab_size: int = ALL) -> Flamingo:
     """Ours without its weights; the embedding is trained, as OpenFlamingo's is."""
-    lang_model = make_lang_model(family, vocab_size, depth)
+    lang_model = make_lang_model(family, vocab_size)
     config = open_flamingo_config(
         lang_model, FEATURES, every, image_token_id=IMAGE, eoc_token_id=EOC
     )

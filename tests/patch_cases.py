@@ -25,14 +25,14 @@ _VANISHING = 1e-12
 Call = Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]
 
 
-def open_gates(model: nn.Module, std: float = 0.7) -> nn.Module:
+def open_gates(model: nn.Module) -> nn.Module:
     """Gates of modules start closed, where attention has neither effect nor gradient."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if "gate" in name or "alpha" in name:
             if parameter.numel() == 1 or parameter.shape[:2] == (1, 1):
                 values = torch.randn(parameter.shape, generator=generator)
-                parameter.data.copy_(std * values.sign() * (values.abs() + 0.5))
+                parameter.data.copy_(0.7 * values.sign() * (values.abs() + 0.5))
     return model
 
 

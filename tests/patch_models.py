@@ -14,6 +14,7 @@ from flamingo_fast.patching.state import is_patched
 from flamingo_fast.testing import peers
 
 VOCAB, IMAGE, EOC, DIM = 40, 39, 38, 32
+FEATURES = 24
 ROWS, TOKENS = 2, 10
 
 
@@ -89,12 +90,12 @@ _TEXT = {
 }
 
 
-class _Visual(nn.Module):
+class Visual(nn.Module):
     """As OpenCLIP's `visual`: (pooled, tokens)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, 24, 4, 4)
+        self.proj = nn.Conv2d(3, FEATURES, 4, 4)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.proj(images).flatten(2).mT
@@ -105,10 +106,10 @@ def _open_flamingo() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return peers.open_flamingo_model(
-        _Visual(),
+        Visual(),
         LlamaForCausalLM(LlamaConfig(**_TEXT)),
         "model.layers",
-        vis_dim=24,
+        vis_dim=FEATURES,
         eoc_token_id=EOC,
         media_token_id=IMAGE,
     )
@@ -238,7 +239,7 @@ FAMILIES: dict[str, Family] = {
 WRAPPED = "_checkpoint_wrapped_module"
 
 
-def recompute(model: nn.Module, family: Family) -> None:
+def recompute(model: nn.Module) -> None:
     """Has layers run again in backward: transformers' by themselves, others in wrappers."""
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -5,6 +5,7 @@ from typing import Any
 import patch_cases
 import pytest
 import torch
+from patch_models import FEATURES, Visual
 from torch import nn
 
 from flamingo_fast.testing import peers
@@ -12,21 +13,8 @@ from flamingo_fast.testing import peers
 transformers = pytest.importorskip("transformers")
 
 EOC, IMAGE, VOCAB, PAD = 38, 39, 40, 1
-FEATURES = 24
 FP32, BF16 = torch.float32, torch.bfloat16
 LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
-
-
-class Visual(nn.Module):
-    """As OpenCLIP's `visual`: (pooled, tokens)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, FEATURES, 4, 4)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.proj(images).flatten(2).mT
-        return tokens.mean(1), tokens
 
 
 def _lang_model(family: str, dim: int, depth: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 @contextlib.contextmanager
@@ -39,3 +41,19 @@ def on_ranks(world_size: int, worker: Callable[..., None], *args: Any) -> None:
     tensor then asks for the GIL and aborts the process (`ProcessGroupGloo::runLoop`, PyTorch 2.14).
     """
     mp.start_processes(worker, args, nprocs=world_size, start_method="forkserver")
+
+
+@contextlib.contextmanager
+def one_rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
+    """Inside, this process is one of the ranks, and the others are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]

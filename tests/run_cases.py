@@ -7,17 +7,17 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import tarfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import PIL.Image
-import tokenizers
 import torch
 import transformers
 import yaml
+from rank_cases import free_port
+from tokenizer_cases import word_tokenizer
 
 from flamingo_fast.models.fields import from_dict
 from flamingo_fast.training import checkpoints, trainer
@@ -39,12 +39,7 @@ MODEL: dict[str, Any] = {
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", unk_token="<unk>"
-    )
+    return word_tokenizer(WORDS)
 
 
 def png(color: str) -> bytes:
@@ -61,7 +56,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def make_data(folder: Path, *, pairs: int = 30, pages: int = 12, bad: int = 0) -> None:
+def make_data(folder: Path, *, pairs: int = 30, bad: int = 0) -> None:
     """A tokenizer, pairs.tar, of which the last `bad` have no text, and pages.tar."""
     tokenizer().save_pretrained(folder / "tokenizer")
     chosen = random.Random(0)
@@ -74,7 +69,7 @@ def make_data(folder: Path, *, pairs: int = 30, pages: int = 12, bad: int = 0) -
             members.append((f"{index:04}.txt", text.encode()))
     write_tar(folder / "pairs.tar", members)
     members = []
-    for index in range(pages):
+    for index in range(12):
         colors = chosen.choices(COLORS, k=chosen.randint(0, 3))
         images: list[str | None] = [None]
         texts: list[str | None] = ["a"]
@@ -152,9 +147,7 @@ def start(values: dict[str, Any], *, ranks: int = 1, kill: str = "") -> list[Any
     Arguments:
         kill: where they kill themselves by SIGKILL, see `_killing`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         _PROCESSES.Process(target=_train, args=(rank, ranks, port, values, kill))
         for rank in range(ranks)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import tokenizer_cases
 import tokenizers
 import torch
 import transformers
@@ -25,16 +26,12 @@ MODEL = FlamingoConfig(
 
 def word_tokenizer(bos: bool = False) -> transformers.PreTrainedTokenizerFast:
     """Ids are places in `WORDS`; with `bos` it puts a [BOS] before every text."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = tokenizer_cases.word_tokenizer(WORDS, bos_token="[BOS]")
     if bos:
-        model.post_processor = tokenizers.processors.TemplateProcessing(
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single="[BOS] $A", special_tokens=[("[BOS]", WORDS.index("[BOS]"))]
         )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]"
-    )
+    return tokenizer
 
 
 def words(ids: Sequence[int]) -> str:
@@ -60,11 +57,11 @@ def pairs(lengths: Sequence[int]) -> list[tuple[str, dict[str, bytes]]]:
     ]
 
 
-def write_pairs(folder: Path, lengths: Sequence[int], shards: int = 3) -> str:
-    """Shards of `pairs`; returns the pattern of their paths."""
+def write_pairs(folder: Path, lengths: Sequence[int]) -> str:
+    """Three shards of `pairs`; returns the pattern of their paths."""
     records = pairs(lengths)
-    size = -(-len(records) // shards)
-    for i in range(shards):
+    size = -(-len(records) // 3)
+    for i in range(3):
         write_tar(folder / f"pairs-{i}.tar", records[i * size : (i + 1) * size])
     return str(folder / "pairs-*.tar")
 

@@ -17,7 +17,7 @@ for _name in ("timm", "transformers"):
     pytest.importorskip(_name)
 
 from patch_models import FAMILIES  # noqa: E402
-from test_table3_measured import SMALLEST  # noqa: E402
+from table3_cases import SMALLEST  # noqa: E402
 
 import flamingo_fast  # noqa: E402
 from flamingo_fast import cli, ranges  # noqa: E402

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 import torch._inductor.config
-from attention_contract import BF16, assert_equal, inputs_of, previous_layout, run_layout
+from attention_cases import assert_bits_equal
+from attention_contract import BF16, inputs_of, previous_layout, run_layout
 
 import flamingo_fast as ff
 from flamingo_fast.testing.guard import guard
@@ -65,7 +66,7 @@ def test_kernels_stay_in_bounds_whatever_the_order_of_rows(row, clamped):
     with guard() as guarded:
         found = run_layout(dataclasses.replace(layout, row_index=hostile), "triton")
     assert len(guarded.launches) == 2
-    assert_equal(found, run_layout(layout, "triton"))
+    assert_bits_equal(found, run_layout(layout, "triton"))
 
 
 def test_kernels_stay_in_bounds_whatever_lengths_media_have():
@@ -73,7 +74,7 @@ def test_kernels_stay_in_bounds_whatever_lengths_media_have():
     hostile = dataclasses.replace(previous_layout(), media_seqlens=lengths)
     sound = previous_layout(2, torch.tensor([8, 0, 0, 8]))
     with guard():
-        assert_equal(run_layout(hostile, "triton"), run_layout(sound, "triton"))
+        assert_bits_equal(run_layout(hostile, "triton"), run_layout(sound, "triton"))
 
 
 def test_an_item_across_samples_ends_with_its_own():

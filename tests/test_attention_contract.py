@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 import torch._inductor.config
+from attention_cases import assert_bits_equal
 from attention_contract import (
     BF16,
     HostSyncError,
-    assert_equal,
     check_built_without_host_sync,
     check_planted_sync,
     inputs_of,
@@ -23,6 +23,8 @@ from attention_contract import (
     use_real_launchers,
     with_checkpoint,
 )
+from interpreter_cases import launches_of
+from module_cases import saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.utils import _apply_to_tensors, _to_kwargs
 from torch.utils import _pytree as pytree
@@ -80,7 +82,7 @@ def test_compile_fullgraph(impl, checkpointed, layout_inside, guarded):
         return torch.compile(with_layout, fullgraph=True, backend="aot_eager")
 
     compiled = run_layout(layout, impl, wrap=wrap, past_last="uniform")
-    assert_equal(compiled, run_layout(layout, impl, past_last="uniform"))
+    assert_bits_equal(compiled, run_layout(layout, impl, past_last="uniform"))
 
 
 def test_compile_with_inductor():
@@ -160,14 +162,14 @@ def test_a_layout_serves_inference_mode_and_then_training(impl, guarded):
         )
     trained = run_layout(layout, impl, past_last="uniform")
     assert torch.equal(served, trained["out"])
-    assert_equal(trained, run_layout(fresh, impl, past_last="uniform"))
+    assert_bits_equal(trained, run_layout(fresh, impl, past_last="uniform"))
 
 
 @every_layout
 @every_impl
 def test_activation_checkpointing(impl, make_layout, guarded):
     layout = make_layout()
-    assert_equal(run_layout(layout, impl, wrap=with_checkpoint), run_layout(layout, impl))
+    assert_bits_equal(run_layout(layout, impl, wrap=with_checkpoint), run_layout(layout, impl))
 
 
 @every_impl
@@ -197,7 +199,7 @@ def test_autocast_changes_no_bit(impl, dtype, choice):
     run = functools.partial(
         run_layout, previous_layout(), impl, dtype, unattended=choice, past_last=choice
     )
-    assert_equal(run(wrap=wrap), run())
+    assert_bits_equal(run(wrap=wrap), run())
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
@@ -219,13 +221,13 @@ def test_program_order_and_repetition_change_no_bit(make_layout):
         with guard(shuffle_seed=seed):
             runs.append(run_layout(layout, "triton", past_last="uniform"))
     for run in runs[1:]:
-        assert_equal(run, runs[0])
+        assert_bits_equal(run, runs[0])
 
 
 @every_layout
 def test_repetition_changes_no_bit_on_a_cpu(make_layout):
     layout = make_layout()
-    assert_equal(run_layout(layout, "torch"), run_layout(layout, "torch"))
+    assert_bits_equal(run_layout(layout, "torch"), run_layout(layout, "torch"))
 
 
 BATCH = ((4,), (1, 9, 10, 20, 33))
@@ -256,17 +258,10 @@ def test_last_tokens_are_those_of_the_whole_text(num_tokens, guarded):
 
 
 def _launches(layout, frozen, backward: bool):
-    """What a bf16 forward, or its backward, launches; q, k and v."""
+    """Of a bf16 forward, or its backward; q, k and v."""
     inputs = inputs_of(layout, frozen=frozen)
-    with guard() as forward:
-        out = ff.masked_cross_attention(**inputs, layout=layout, impl="triton")
-    if not backward:
-        return forward.launches, inputs
-    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    dout = random_tensor(tuple(out.shape), BF16, seed=9)
-    with guard() as guarded:
-        torch.autograd.grad(out, wanted, dout)
-    return guarded.launches, inputs
+    attend = functools.partial(ff.masked_cross_attention, layout=layout, impl="triton")
+    return launches_of(attend, inputs, backward), inputs
 
 
 def _item_and_kv_bytes(layout, k: torch.Tensor) -> int:
@@ -303,7 +298,7 @@ def test_frozen_inputs_change_no_other_gradient(impl, make_layout, frozen, guard
     layout = make_layout()
     everything, some = run_layout(layout, impl), run_layout(layout, impl, frozen=frozen)
     assert some.keys() == everything.keys() - {f"d{name}" for name in frozen}
-    assert_equal(some, {name: everything[name] for name in some})
+    assert_bits_equal(some, {name: everything[name] for name in some})
 
 
 @pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["training", "inference"])
@@ -321,19 +316,11 @@ def test_saved_for_backward(impl, num_media, guarded):
     images = (tuple(range(0, 60, 60 // num_media)),)
     layout = previous_layout(num_media, images=images, seqlen=60)
     inputs = inputs_of(layout, num_keys=80 // num_media)
-    given = [*inputs.values(), *(leaf for leaf in pytree.tree_leaves(layout) if leaf is not None)]
-    given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
-    others = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in given_storages:
-            others.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
-    assert out.requires_grad
-    assert sum(others) == (4 * 60 * 4 if impl == "triton" else 0)
+    others = saved_bytes(
+        lambda: ff.masked_cross_attention(**inputs, layout=layout, impl=impl),
+        [*inputs.values(), *pytree.tree_leaves(layout)],
+    )
+    assert list(others.values()) == ([4 * 60 * 4] if impl == "triton" else [])
 
 
 META = torch.zeros(4, device="meta")
@@ -439,6 +426,14 @@ def test_peak_bytes_counts_what_is_alive_at_once():
     assert 1 << 20 <= peak_bytes(function) < (1 << 20) + (1 << 14)
 
 
+@every_layout
+def test_the_torch_implementation_is_one_node(make_layout):
+    layout = make_layout()
+    out = ff.masked_cross_attention(**inputs_of(layout), layout=layout, impl="torch")
+    before = [type(node).__name__ for node, _ in out.grad_fn.next_functions if node is not None]
+    assert before == ["AccumulateGrad"] * 3
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize(("batch", "seqlen", "media"), [(1, 2048, 32), (4, 256, 5)])
 def test_the_torch_implementation_allocates_little(batch, seqlen, media, dtype):
@@ -510,7 +505,7 @@ def test_layouts_survive_what_wrappers_do_to_inputs(make_layout, move):
     moved = move(layout)
     assert isinstance(moved, ff.MediaLayout)
     assert moved == layout
-    assert_equal(run_layout(moved, "torch"), run_layout(layout, "torch"))
+    assert_bits_equal(run_layout(moved, "torch"), run_layout(layout, "torch"))
 
 
 @pytest.mark.parametrize("make_layout", [previous_layout, _with_seqlens])

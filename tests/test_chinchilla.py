@@ -47,7 +47,7 @@ def test_attention_is_transformer_xls(length, dim, by_row, monkeypatch):
         torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_both_ways_to_position_scores_are_taken(monkeypatch):
+def test_both_ways_to_position_scores_are_taken():
     """By row for a few new tokens among many, by distance for a whole text; never past a hook."""
     attn = RelativeAttention(24, 2, 8)
     assert attn._is_cheaper_by_row(1, 100, 24)

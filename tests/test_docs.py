@@ -298,6 +298,13 @@ def test_a_page_that_loads_something_from_elsewhere_is_told() -> None:
     assert not found('<a href="https://arxiv.org">x</a><script src="a.js"></script>')
 
 
+def test_the_index_of_kernels_names_every_file() -> None:
+    index = (ROOT / "kernels" / "README.md").read_text()
+    files = {file.name for file in (ROOT / "kernels").glob("*.py")}
+    missing = files - set(re.findall(r"\w+\.py\b", index))
+    assert not missing, f"kernels/README.md: add {missing}"
+
+
 def api_names() -> list[str]:
     return re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M)
 

@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 PIL = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")
 
-import tokenizers  # noqa: E402
+from tokenizer_cases import word_tokenizer  # noqa: E402
 
 from flamingo_fast.models.config import ConfigError, FlamingoConfig  # noqa: E402
 from flamingo_fast.models.flamingo import Flamingo  # noqa: E402
@@ -26,20 +26,11 @@ WORDS = ["<pad>", "<s>", "<unk>", "<picture>", "<end>", *"a cat dog sees two of 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def word_tokenizer(*more):
-    vocabulary = {word: index for index, word in enumerate([*WORDS, *more])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-def tiny_model(seed=0):
+def tiny_model():
     base = FlamingoConfig.preset("flamingo-mini")
     lm = dataclasses.replace(base.lm, vocab_size=len(WORDS), dim=32, depth=2)
     conditioning = dataclasses.replace(base.conditioning, dim_media=None)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = Flamingo(dataclasses.replace(base, lm=lm, conditioning=conditioning)).eval()
     with torch.no_grad():
         for parameter in (*model.conditioning.parameters(), *model.lang_model.parameters()):
@@ -54,7 +45,7 @@ def tiny_model(seed=0):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     save_pretrained(tiny_model(), folder)
-    word_tokenizer().save_pretrained(folder)
+    word_tokenizer(WORDS).save_pretrained(folder)
     return folder
 
 
@@ -127,7 +118,7 @@ def test_a_tokenizer_that_lacks_the_tokens_gets_openflamingos(folder: Path, tmp_
         config, image_token_id=ids[1], eoc_token_id=ids[0], learnt_token_ids=ids
     )
     (tmp_path / "config.json").write_text(config.to_json())
-    word_tokenizer().save_pretrained(tmp_path)
+    word_tokenizer(WORDS).save_pretrained(tmp_path)
     _, processor = processor_of(tmp_path)
     assert (processor.image_token, processor.eoc_token) == ("<image>", "<|endofchunk|>")
     assert (processor.eoc_token_id, processor.image_token_id) == ids
@@ -189,7 +180,7 @@ def test_a_broken_file_is_refused(
 
 def test_a_tokenizer_of_another_model_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
     copy = _copy(folder, tmp_path / "copy", "tokenizer*")
-    word_tokenizer("bird").save_pretrained(copy)
+    word_tokenizer([*WORDS, "bird"]).save_pretrained(copy)
     reason = f"expected a tokenizer of the model's {len(WORDS)} tokens, got token {len(WORDS)}"
     _refused(run, "--model", copy, "--prompt", "a bird", because=reason)
 

@@ -133,7 +133,7 @@ def converse(model, seen_logits, *turns, **first_turn):
         lengths |= {len(row) for row in new} if number == 0 else set()
         rows = [row + more for row, more in zip(rows, turn.rows, strict=True)]
         images = [row + more for row, more in zip(images, turn.images, strict=True)]
-        if seen_logits:
+        if options.get("num_beams", 1) == 1:
             assert_as_uncached(model, rows, images, new, seen_logits)
         rows = [row + more for row, more in zip(rows, new, strict=True)]
         # All of the conversation, and nothing but padding on the left.

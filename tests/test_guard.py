@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreter_cases import assert_same, dot_kernel, exp_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder
@@ -29,10 +30,6 @@ from flamingo_fast.testing.guard import (
     missing_patch_points,
 )
 from flamingo_fast.testing.interpreter_patches import missing_names, replaced
-
-
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_patch_point_exists():
@@ -194,15 +191,10 @@ def test_error_in_a_device_function_names_its_line(guarded):
     assert "tl.load(X + offs)" in linecache.getline(__file__, int(line[1]))
 
 
-@triton.jit
-def _exp_kernel(X, OUT):
-    tl.store(OUT, tl.exp(tl.load(X)))
-
-
 def test_other_errors_of_a_kernel_pass_through(guarded):
     x = torch.ones(1).bfloat16()
     with pytest.raises(InterpreterError, match="bf16") as raised:
-        _exp_kernel[(1,)](x, torch.empty_like(x))
+        exp_kernel[(1,)](x, torch.empty_like(x))
     assert isinstance(raised.value.__cause__, ValueError)
 
 
@@ -374,18 +366,10 @@ def test_counts_of_a_copy(guarded):
     assert guarded.total("another_kernel").bytes_stored == 0
 
 
-@triton.jit
-def _dot_kernel(A, B, OUT, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    a = tl.load(A + m[:, None] * K + k[None, :])
-    b = tl.load(B + k[:, None] * N + n[None, :])
-    tl.store(OUT + m[:, None] * N + n[None, :], tl.dot(a, b, input_precision="ieee"))
-
-
 def test_counts_of_a_dot(guarded):
     m, n, k = 32, 16, 64
     a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
-    _dot_kernel[(1,)](a, b, torch.empty(m, n), M=m, N=n, K=k)
+    dot_kernel[(1,)](a, b, torch.empty(m, n), M=m, N=n, K=k)
     (launch,) = guarded.launches
     assert launch.dot_flops == 2 * m * n * k
     assert launch.bytes_loaded == launch.sectors_loaded == 2 * (m * k + k * n)

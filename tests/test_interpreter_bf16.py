@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreter_cases import assert_same, dot_kernel, exp_kernel
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -17,10 +18,6 @@ def random_bf16(count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**15), 2**15, (count,), generator=generator, dtype=torch.int16)
     return bits.view(torch.bfloat16)
-
-
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit
@@ -144,21 +141,13 @@ def test_rounding_mode_is_obeyed(rounding):
     assert_same(out, x.bfloat16() if rounding == "rtne" else truncated)
 
 
-@triton.jit
-def _dot_kernel(A, B, OUT, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    a = tl.load(A + m[:, None] * K + k[None, :])
-    b = tl.load(B + k[:, None] * N + n[None, :])
-    tl.store(OUT + m[:, None] * N + n[None, :], tl.dot(a, b, input_precision="ieee"))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dots_are_rounded_once(dtype):
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(32, 128, generator=generator).to(dtype)
     b = torch.randn(128, 16, generator=generator).to(dtype)
     out = torch.empty(32, 16)
-    _dot_kernel[(1,)](a, b, out, M=32, N=16, K=128)
+    dot_kernel[(1,)](a, b, out, M=32, N=16, K=128)
     assert_same(out, (a.double() @ b.double()).float())
 
 
@@ -216,15 +205,10 @@ def test_sums_round_after_each_addition():
     assert x.sum().item() == 2**-7
 
 
-@triton.jit
-def _exp_kernel(X, OUT):
-    tl.store(OUT, tl.exp(tl.load(X)))
-
-
 def test_triton_refuses_transcendental_functions():
     x = torch.ones(1).bfloat16()
     with pytest.raises(InterpreterError, match="bf16"):
-        _exp_kernel[(1,)](x, torch.empty_like(x))
+        exp_kernel[(1,)](x, torch.empty_like(x))
 
 
 @triton.jit
@@ -267,5 +251,5 @@ class TestStockInterpreter:
     def test_dots_are_wrong(self):
         a = torch.ones(16, 16).bfloat16()
         out = torch.empty(16, 16)
-        _dot_kernel[(1,)](a, a, out, M=16, N=16, K=16)
+        dot_kernel[(1,)](a, a, out, M=16, N=16, K=16)
         assert out[0, 0] != 16

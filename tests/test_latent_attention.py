@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
+from attention_cases import assert_bits_equal
 from latent_cases import (
     BF16,
     FP16,
     MEMORY_LAYOUTS,
     NAMES,
     LatentCase,
-    assert_bits_equal,
     cases,
     check,
     run,

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from attention_cases import assert_bits_equal
 from attention_contract import no_host_sync, peak_bytes, with_checkpoint
-from latent_cases import BF16, NAMES, LatentCase, assert_bits_equal, cases, run
+from latent_cases import BF16, NAMES, LatentCase, cases, run
+from module_cases import saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flamingo_fast as ff
@@ -268,19 +270,12 @@ def test_saved_for_backward(impl, guarded):
     """The inputs, the output and a log-sum a row and head: two parts, by the kernels in fp32."""
     case = LatentCase(latents=8, features=32, media_seqlens=(32, 4, 0))
     inputs, lengths = case.inputs(), case.lengths().int()
-    given = {x.untyped_storage().data_ptr() for x in (*inputs.values(), lengths)}
-    others = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            others[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = ff.latent_attention(**inputs, media_seqlens=lengths, impl=impl)
+    others = saved_bytes(
+        lambda: ff.latent_attention(**inputs, media_seqlens=lengths, impl=impl),
+        [*inputs.values(), lengths],
+    )
     lse_bytes = 4 * 3 * 8 * 2 * (2 if impl == "triton" else 1)
-    assert sorted(others.values()) == sorted([lse_bytes, out.nbytes])
+    assert sorted(others.values()) == sorted([lse_bytes, inputs["q"].nbytes])
 
 
 LIBRARIES = ["varlen", "flash_attn", "xformers"]

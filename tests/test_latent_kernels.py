@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from attention_cases import assert_bits_equal
 from attention_contract import no_host_sync, use_real_launchers
-from latent_cases import BF16, FP16, NAMES, LatentCase, assert_bits_equal, cases, check, run
+from latent_cases import BF16, FP16, NAMES, LatentCase, cases, check, run
 
 import flamingo_fast as ff
 from flamingo_fast.kernels.latent_config import key_splits

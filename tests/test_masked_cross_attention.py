@@ -463,8 +463,8 @@ class _Stateless:
             return function(self.module, *inputs)
 
 
-def _locations(positions: tuple[tuple[int, ...], ...], seqlen: int = 20) -> torch.Tensor:
-    return AttentionCase(seqlen, images=positions).media_locations()
+def _locations(positions: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    return AttentionCase(20, images=positions).media_locations()
 
 
 @fast_impls

@@ -134,7 +134,7 @@ def test_recomputed_in_backward(family: Family, first: str) -> None:
     model = family.model().train()
     if first == "patch":
         patch(model)
-    recompute(model, family)
+    recompute(model)
     if first == "recompute":
         patch(model)
     got = outcomes(model, family.call)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from patch_idefics2_cases import IMAGE, whole_inputs, whole_model
 from patch_models import FAMILIES
 from patch_models import IMAGE as LAST_ID
-from test_patch_idefics2 import IMAGE, whole_inputs, whole_model
 from torch import nn
 
 import flamingo_fast

@@ -272,12 +272,12 @@ def test_hooks_of_projections_see_each_call() -> None:
     assert len(shapes) == 3 and len(set(shapes)) == 1
 
 
-def _attention(immediate: bool = True, dtype: torch.dtype = FP32, **options: Any) -> Any:
+def _attention(immediate: bool = True, **options: Any) -> Any:
     torch.manual_seed(2)
     sizes = {"dim": 20, "dim_visual": 12, "dim_head": 8, "heads": 3}
     helpers = options.pop("helpers", None) or peers.open_flamingo()
     cls = options.pop("cls", helpers.MaskedCrossAttention)
-    return cls(**sizes, only_attend_immediate_media=immediate).to(dtype).eval()
+    return cls(**sizes, only_attend_immediate_media=immediate).eval()
 
 
 def _inputs(dtype: torch.dtype = FP32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -54,7 +54,7 @@ def _check_sharded(family: Family, rank: int, first: str) -> None:
     check()
     if hasattr(model, "gradient_checkpointing_enable"):
         model.train()
-        recompute(model, family)
+        recompute(model)
         check()
     unpatch(model)
     assert not patched_names(model)

@@ -1,17 +1,14 @@
 """A plan's numbers are what ranks have and send: of one among others that are not there."""
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from rank_cases import one_rank_of
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,15 +39,6 @@ def small_config(encoder: str = "vit_mini", **conditioning: Any) -> FlamingoConf
         learnt_token_ids=(mini.lm.vocab_size,),
         datasets=("m3w",),
     )
-
-
-@contextlib.contextmanager
-def one_rank_of(world: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 class Sent(TorchDispatchMode):

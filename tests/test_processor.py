@@ -14,7 +14,9 @@ transformers = pytest.importorskip("transformers")
 av = pytest.importorskip("av")
 
 import numpy as np  # noqa: E402
+import tokenizer_cases  # noqa: E402
 import tokenizers  # noqa: E402
+from tokenizer_cases import byte_tokenizer  # noqa: E402
 
 from flamingo_fast.models.config import (  # noqa: E402
     ConfigError,
@@ -34,23 +36,9 @@ SIZE = 28
 
 
 def word_tokenizer(extra=(), **special):
-    vocabulary = {word: i for i, word in enumerate([*WORDS, *extra])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"} | special
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
-
-
-def byte_tokenizer():
-    """Byte-level BPE, which would split special tokens that are not added; no pad token."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        special_tokens=["</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    )
-    model.train_from_iterator(["a cat", "two dogs", "Output: a cat."], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
+    """Which splits at punctuation, too."""
+    punctuation = tokenizers.pre_tokenizers.Whitespace()
+    return tokenizer_cases.word_tokenizer([*WORDS, *extra], punctuation, **special)
 
 
 TOKENIZERS = {

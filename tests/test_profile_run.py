@@ -76,8 +76,7 @@ def test_torch_on_an_op(
 
     from flamingo_fast.profiling.profile_report import report
 
-    (of_session,) = [each for each in report([out]).sections if each.tables][:1] or [None]
-    assert of_session is not None
+    assert any(each.tables for each in report([out]).sections)
 
 
 @pytest.mark.parametrize("by_script", [False, True])
@@ -116,9 +115,7 @@ def test_on_a_gpu_nsys_also_traces_that(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_script", [False, True])
-def test_ncu_is_started_so(
-    fake: Any, by_script: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ncu_is_started_so(fake: Any, by_script: bool, tmp_path: Path) -> None:
     """The tool's part; its session is that of a CPU here."""
     called, out = fake("ncu"), tmp_path / "out"
     if by_script:

@@ -6,7 +6,7 @@ from torch import nn
 
 pytest.importorskip("timm")
 
-from test_table3_measured import SMALLEST  # noqa: E402
+from table3_cases import SMALLEST  # noqa: E402
 
 from flamingo_fast.bench.table3_parts import (  # noqa: E402
     by_part,

@@ -139,9 +139,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_a_signal_on_one_rank_stops_both_after_the_same_step(
-    data: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_signal_on_one_rank_stops_both_after_the_same_step(data: Path, tmp_path: Path) -> None:
     run = run_of(data, tmp_path, steps=10_000, log_every=1, checkpoint_every=0)
     processes = start(run, ranks=2)
     wait_for(tmp_path / "metrics.jsonl")

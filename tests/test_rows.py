@@ -16,8 +16,8 @@ pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
 import stream_cases  # noqa: E402
-import tokenizers  # noqa: E402
 from stream_cases import EOC, IMAGE, MODEL, plain_image, word_tokenizer, words  # noqa: E402
+from tokenizer_cases import byte_tokenizer  # noqa: E402
 
 from flamingo_fast.models.config import ConfigError, FlamingoConfig  # noqa: E402
 from flamingo_fast.models.processor import FlamingoProcessor  # noqa: E402
@@ -33,19 +33,6 @@ from flamingo_fast.training.rows import (  # noqa: E402
 from flamingo_fast.training.shards import Record  # noqa: E402
 from flamingo_fast.training.throughput import documents_of  # noqa: E402
 from flamingo_fast.training.transforms import Augmentation, Transform  # noqa: E402
-
-
-def byte_tokenizer():
-    """Byte-level BPE, whose vocabulary has no word for what is special to it."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        special_tokens=["</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    )
-    model.train_from_iterator(["a cat", "two dogs"], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
-
 
 TOKENIZERS = {
     "words": word_tokenizer,

@@ -46,9 +46,9 @@ def parts_of(kind, members, limits=LIMITS):
     return parse(Record("key", "s.tar", members), kind, limits).parts
 
 
-def problem_of(kind, members, limits=LIMITS):
+def problem_of(kind, members):
     with pytest.raises(BadSample) as caught:
-        parts_of(kind, members, limits)
+        parts_of(kind, members, LIMITS)
     return caught.value.reason, caught.value.detail
 
 

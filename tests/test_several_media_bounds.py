@@ -5,7 +5,8 @@ import functools
 
 import pytest
 import torch
-from attention_contract import BF16, assert_equal, inputs_of, run_layout
+from attention_cases import assert_bits_equal
+from attention_contract import BF16, inputs_of, run_layout
 from several_media_cases import (
     COMBINE,
     DKV,
@@ -140,7 +141,7 @@ def test_bits_beyond_the_media(num_keys, guarded):
     beyond = layout.media_bits | ~((1 << layout.media_end.long()) - 1)[..., None]
     setting = Setting(holes_layout, num_keys)
     found = setting.run("triton", dataclasses.replace(layout, media_bits=beyond))
-    assert_equal(found, _run_of_holes(num_keys, "zero"))
+    assert_bits_equal(found, _run_of_holes(num_keys, "zero"))
 
 
 def test_lengths_of_garbage():
@@ -149,7 +150,7 @@ def test_lengths_of_garbage():
     hostile = dataclasses.replace(all_previous_layout(), media_seqlens=lengths[:5].int())
     sound = all_previous_layout(media_seqlens=lengths[:5].clamp(0, 8))
     with guard():
-        assert_equal(setting.run("triton", hostile), setting.run("triton", sound))
+        assert_bits_equal(setting.run("triton", hostile), setting.run("triton", sound))
 
 
 def test_splits_of_garbage():

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
+from attention_cases import assert_bits_equal
 from attention_contract import (
     BF16,
-    assert_equal,
     check_built_without_host_sync,
     check_planted_sync,
     inputs_of,
@@ -17,6 +17,8 @@ from attention_contract import (
     use_real_launchers,
     with_checkpoint,
 )
+from interpreter_cases import launches_of
+from module_cases import saved_bytes
 from several_media_cases import (
     COMBINE,
     DKV,
@@ -53,7 +55,7 @@ def test_compile_fullgraph_with_a_layout_given(impl, checkpointed, guarded):
         attend = with_checkpoint(function) if checkpointed else function
         return torch.compile(attend, fullgraph=True, backend="aot_eager")
 
-    assert_equal(setting.run(impl, wrap=wrap), setting.run(impl))
+    assert_bits_equal(setting.run(impl, wrap=wrap), setting.run(impl))
 
 
 @pytest.mark.parametrize("of_mask", [False, True], ids=["locations", "mask"])
@@ -77,7 +79,7 @@ def test_compile_fullgraph_with_a_layout_built_inside(impl, of_mask, guarded):
 
     layout = make_layout()
     compiled = run_layout(layout, impl, wrap=wrap, unattended="uniform")
-    assert_equal(compiled, run_layout(layout, impl, unattended="uniform"))
+    assert_bits_equal(compiled, run_layout(layout, impl, unattended="uniform"))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +125,13 @@ def test_a_layout_serves_inference_mode_and_then_training(impl, setting, guarded
         served = setting.call(impl, layout)(**setting.inputs())
     trained = setting.run(impl, layout)
     assert torch.equal(served, trained["out"])
-    assert_equal(trained, setting.run(impl))
+    assert_bits_equal(trained, setting.run(impl))
 
 
 @every_setting
 @every_impl
 def test_activation_checkpointing(impl, setting, guarded):
-    assert_equal(setting.run(impl, wrap=with_checkpoint), setting.run(impl))
+    assert_bits_equal(setting.run(impl, wrap=with_checkpoint), setting.run(impl))
 
 
 @every_impl
@@ -152,7 +154,7 @@ def test_autocast_changes_no_bit(impl, dtype):
     setting = SETTINGS["holes_dense"]
     plain = setting.run(impl, dtype=dtype)
     with torch.autocast("cpu", BF16):
-        assert_equal(setting.run(impl, dtype=dtype), plain)
+        assert_bits_equal(setting.run(impl, dtype=dtype), plain)
 
 
 @every_setting
@@ -162,12 +164,12 @@ def test_program_order_and_repetition_change_no_bit(setting):
         with guard(shuffle_seed=seed):
             runs.append(setting.run("triton"))
     for run in runs[1:]:
-        assert_equal(run, runs[0])
+        assert_bits_equal(run, runs[0])
 
 
 @every_setting
 def test_repetition_changes_no_bit_on_a_cpu(setting):
-    assert_equal(setting.run("torch"), setting.run("torch"))
+    assert_bits_equal(setting.run("torch"), setting.run("torch"))
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
@@ -189,7 +191,7 @@ def test_nor_on_how_many_media_others_have(impl, dtype, guarded):
         gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
         names = ("out", "dq", "dk", "dv")
         results.append({name: x[:1] for name, x in zip(names, (out, *gradients), strict=True)})
-    assert_equal(*results)
+    assert_bits_equal(*results)
 
 
 def _masks_of_three_samples(num_keys: int) -> tuple[MediaLayout, list[MediaLayout]]:
@@ -251,17 +253,9 @@ def test_last_tokens_are_those_of_the_whole_text(num_keys, num_tokens, guarded):
 
 
 def _launches(setting: Setting, frozen, backward: bool):
-    """What a bf16 forward, or its backward, launches; q, k and v."""
+    """Of a bf16 forward, or its backward; q, k and v."""
     inputs = setting.inputs(frozen=frozen)
-    with guard() as forward:
-        out = setting.call("triton")(**inputs)
-    if not backward:
-        return forward.launches, inputs
-    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    dout = random_tensor(tuple(out.shape), BF16, seed=9)
-    with guard() as guarded:
-        torch.autograd.grad(out, wanted, dout)
-    return guarded.launches, inputs
+    return launches_of(setting.call("triton"), inputs, backward), inputs
 
 
 @every_setting
@@ -287,7 +281,7 @@ def test_frozen_queries_move_no_bytes_of_dq(frozen):
 def test_frozen_inputs_change_no_other_gradient(impl, setting, frozen, guarded):
     everything, some = setting.run(impl), setting.run(impl, frozen=frozen)
     assert some.keys() == everything.keys() - {f"d{name}" for name in frozen}
-    assert_equal(some, {name: everything[name] for name in some})
+    assert_bits_equal(some, {name: everything[name] for name in some})
 
 
 @pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["training", "inference"])
@@ -318,20 +312,11 @@ def test_saved_for_backward(impl, num_media, guarded):
     images = (tuple(range(0, 60, 60 // num_media)),)
     layout = all_previous_layout(images, (num_media,), seqlen=60)
     inputs = inputs_of(layout, num_keys=80 // num_media)
-    given = [*inputs.values(), *pytree.tree_leaves(layout)]
-    given_storages = {tensor.untyped_storage().data_ptr() for tensor in given}
-    others = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given_storages:
-            others[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = ff.masked_cross_attention(**inputs, layout=layout, impl=impl)
-    assert out.requires_grad
-    assert sorted(others.values()) == [4 * 60 * 4, out.nbytes]
+    others = saved_bytes(
+        lambda: ff.masked_cross_attention(**inputs, layout=layout, impl=impl),
+        [*inputs.values(), *pytree.tree_leaves(layout)],
+    )
+    assert sorted(others.values()) == [4 * 60 * 4, inputs["q"].nbytes]
 
 
 def _all_previous_of_32_media() -> MediaLayout:

@@ -196,7 +196,7 @@ class TestBadSamples:
     @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "pack"), [("image_text", True), ("interleaved", False)])
     def test_ten_thousand_a_third_of_them_bad(self, tmp_path: Path, kind: str, pack: bool) -> None:
-        """In all 12 ways: none is lost, and the reasons are those that were put in."""
+        """In every way: none is lost, and the reasons are those that were put in."""
         records = list(shard_cases.mixed_records(kind, 10_000))
         outcomes = [outcome for _, outcome, _ in records]
         for i in range(4):

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from shard_cases import encoded, pair, picture, write_tar  # noqa: E402
 from stream_cases import word_tokenizer  # noqa: E402
-from test_table3_measured import SMALLEST  # noqa: E402
+from table3_cases import SMALLEST  # noqa: E402
 
 from flamingo_fast.bench import table3, table3_measured, table3_report, table3_suite  # noqa: E402
 from flamingo_fast.bench.table3_data import RealData  # noqa: E402
@@ -193,10 +193,6 @@ def test_what_is_no_csv_of_a_measurement_is_refused(tmp_path: Path, data: bytes,
     assert f"{file}: expected a table3.csv of a measurement: {reason}" in str(error.value)
 
 
-def cells_of(line: str) -> list[str]:
-    return line.split()
-
-
 def test_command(tmp_path: Path, monkeypatch, command):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(table3_suite, "predict", predictions)
@@ -258,7 +254,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch, command):
         (["--scale", "micro", "--data", "tests"], "tokenizer"),
     ],
 )
-def test_wrong_options_are_one_line(arguments, message, monkeypatch, command):
+def test_wrong_options_are_refused_by_name(arguments, message, monkeypatch, command):
     monkeypatch.chdir(Path(__file__).parents[1])
     monkeypatch.setattr(table3_suite, "predict", lambda: pytest.fail("measured"))
     code, _, err = command("table3", *arguments)

@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_cases import IMAGE, VOCAB, flamingo, open_gates
-from rank_cases import met, on_ranks
+from rank_cases import met, on_ranks, one_rank_of
 from run_cases import config, finish, make_data, metrics, start
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.models.flamingo import Flamingo
@@ -225,12 +224,8 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
 def fake_mesh(*sizes: int) -> Iterator[DeviceMesh]:
     """A mesh as one of its ranks sees it, without the others."""
     world = torch.Size(sizes).numel()
-    dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
-    try:
-        names = ("dp", "tp")[-len(sizes) :]
-        yield init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    finally:
-        dist.destroy_process_group()
+    with one_rank_of(world, rank=world - 1):
+        yield init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[-len(sizes) :])
 
 
 def test_the_paper_s_80b_model_is_split_over_16_ranks():

@@ -1,6 +1,7 @@
 """TrainConfig: what it reads of YAML, and what it refuses, by which name."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,11 @@ def test_what_is_no_config_is_refused(read, text: str, said: str) -> None:
 
 def test_every_field_is_documented() -> None:
     for cls in (DatasetConfig, OptimizerConfig, ParallelConfig, TrainConfig):
+        doc = cls.__doc__ or ""
+        # What dataclasses write where there is no docstring: the signature.
+        assert not doc.startswith(f"{cls.__name__}("), cls.__name__
         for field in dataclasses.fields(cls):
-            if field.name not in ("beta1", "beta2"):
-                assert field.name in (cls.__doc__ or ""), f"{cls.__name__}.{field.name}"
+            assert re.search(rf"\b{field.name}\b", doc), f"{cls.__name__}.{field.name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda x: x.stem)

@@ -96,7 +96,7 @@ class _Compiled:
         self.n_regs, self.n_spills = self._loaded
 
 
-def test_on_a_gpu_the_compiled_kernel_tells_what_it_takes(monkeypatch):
+def test_on_a_gpu_the_compiled_kernel_tells_what_it_takes():
     from triton.compiler.compiler import CompiledKernel
 
     # What tuning takes of Triton that is private.

@@ -27,8 +27,8 @@ def encoder_of(name, image_size=56, seed=0, device=None, dtype=None, **options):
     return encoder
 
 
-def images_of(*shape, dtype=None):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+def images_of(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(

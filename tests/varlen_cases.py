@@ -4,6 +4,7 @@ import functools
 import random
 
 import torch
+from attention_contract import locations_at
 
 import flamingo_fast as ff
 from flamingo_fast.ops import varlen_attention as varlen
@@ -12,16 +13,9 @@ from flamingo_fast.testing.inputs import random_tensor
 R = 3  # tokens of a medium
 
 
-def make_locations(images, seqlen: int) -> torch.Tensor:
-    locations = torch.zeros(len(images), seqlen, dtype=torch.bool)
-    for sample, positions in enumerate(images):
-        locations[sample, list(positions)] = True
-    return locations
-
-
 def make_previous(images, seqlen, num_media=None, seqlens=None, attend="previous"):
     return ff.MediaLayout.from_media_locations(
-        make_locations(images, seqlen),
+        locations_at(images, seqlen),
         list(map(len, images)) if num_media is None else num_media,
         attend,
         media_seqlens=None if seqlens is None else torch.tensor(seqlens),
@@ -50,7 +44,7 @@ def make_shuffled(seqlens=None):
 def _packed():
     """Two rows of several documents, the third of them without media; padding after the last."""
     return ff.MediaLayout.packed(
-        make_locations([(1, 4, 9, 20), (0, 7)], 24), [0, 8, 12, 19, 24, 30, 40], [2, 1, 0, 1, 1, 1]
+        locations_at([(1, 4, 9, 20), (0, 7)], 24), [0, 8, 12, 19, 24, 30, 40], [2, 1, 0, 1, 1, 1]
     )
 
 

@@ -155,7 +155,11 @@ def _update(
     outcomes: Iterable[Compiled], selection: Selection, goldens: Goldens | None, version: str
 ) -> str:
     kept: Goldens = {} if selection.everything or goldens is None else goldens
-    new = {key_of(outcome.plan): golden_of(outcome) for outcome in outcomes if outcome.binary}
+    new = {
+        key_of(outcome.plan): golden_of(outcome)
+        for outcome in outcomes
+        if not failures(outcome, None)
+    }
     return f"wrote {len(new)} goldens to {save_goldens(kept | new, version)}"
 
 

@@ -106,6 +106,7 @@ class OptimizerConfig:
         lr: after a linear warm-up over `warmup_steps` from 0, constant.
         weight_decay: of all but the resampler.
         resampler_weight_decay: of the resampler.
+        beta1, beta2: of the running means of gradients and of their squares.
         max_grad_norm: gradients are scaled down to this global norm.
     """
 
