@@ -33,6 +33,8 @@ def document_boundaries(
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int64, device="cpu")
     if not holds_integers(cu_seqlens):
         raise TypeError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
+    # Differences of unsigned ones never are negative.
+    cu_seqlens = cu_seqlens.long()
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
             f"cu_seqlens: expected shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
@@ -106,7 +108,7 @@ def count_media(
         _refuse_other_gpu("num_media", num_media, device)
         cu_media = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         # What is beyond media_total does not exist.
-        cu_media[1:] = num_media.cumsum(0).clamp_(0, media_total)
+        cu_media[1:] = num_media.long().cumsum(0).clamp_(0, media_total)
         return cu_media, media_total, media_total
     else:
         if isinstance(num_media, torch.Tensor):
@@ -179,4 +181,5 @@ def holds_integers(tensor: torch.Tensor) -> bool:
 def to_int32(values: torch.Tensor) -> torch.Tensor:
     """A copy; what does not fit stays wrong, or long, instead of wrapping."""
     limits = torch.iinfo(torch.int32)
-    return values.clamp(limits.min, limits.max).to(torch.int32, copy=True)
+    # Limits of int32 are none of narrower dtypes, and PyTorch clamps no unsigned ones.
+    return values.long().clamp(limits.min, limits.max).int()

@@ -566,9 +566,10 @@ class MediaLayout:
         )
         if not same_sizes or not self._has_media_of(other):
             return False
+        if not torch.equal(self.past_last(), other.past_last()):
+            return False
         if (self.media_bits is None) != (other.media_bits is None) or self.media_bits is not None:
-            same = torch.equal(self.to_mask(), other.to_mask())
-            return same and torch.equal(self.past_last(), other.past_last())
+            return torch.equal(self.to_mask(), other.to_mask())
         return torch.equal(self.media_start, other.media_start) and torch.equal(
             self.media_end, other.media_end
         )
