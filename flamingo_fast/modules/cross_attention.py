@@ -76,7 +76,6 @@ class MaskedCrossAttention(nn.Module):
         check_dims(dim=dim, dim_visual=dim_visual, dim_head=dim_head)
         self.heads, self.dim_head = heads, dim_head
         self.kv_heads = check_heads(heads, kv_heads)
-        self.only_attend_immediate_media = only_attend_immediate_media
         default = "previous" if only_attend_immediate_media else "all_previous"
         self.attend = one_of("attend", default if attend is None else attend, ATTEND)
         default = "uniform" if self.attend == "all_previous" else "zero"
