@@ -111,6 +111,11 @@ def test_wrong_arguments_of_from_intervals(error, message, changed):
         MediaLayout.from_intervals(**arguments)
 
 
+def test_valid_tokens_below_0_after_the_media():
+    with pytest.raises(ValueError, match="media_seqlens: medium 1 has -3 tokens"):
+        MediaLayout.after_media(LOCATIONS, 1, 1, media_seqlens=torch.tensor([2, -3]))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32]
 )

@@ -91,20 +91,18 @@ def count_media(
 ) -> tuple[torch.Tensor, int, int]:
     """(cu_media, media_total, max_media)."""
     if isinstance(num_media, int | float):
-        if not is_count(num_media):
-            raise ValueError(f"num_media: expected an integer >= 0, got {num_media!r}")
+        check_count("num_media", num_media)
         cu_media = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_media
         max_media = num_media
         total = batch * num_media
     elif isinstance(num_media, torch.Tensor) and num_media.device.type != "cpu":
         _check_counts(num_media, batch)
-        if media_total is not None and not is_count(media_total):
-            raise ValueError(f"media_total: expected an integer >= 0, got {media_total!r}")
         if media_total is None:
             raise ValueError(
                 "media_total: expected the sum of num_media, a tensor on "
                 f"{num_media.device} whose values are not waited for"
             )
+        check_count("media_total", media_total)
         _refuse_other_gpu("num_media", num_media, device)
         cu_media = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         # What is beyond media_total does not exist.
@@ -136,6 +134,12 @@ def count_media(
 def is_count(value: object) -> bool:
     """Whether it is an integer, no bool, of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuses what is no count, by name."""
+    if not is_count(value):
+        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
 
 
 def _check_counts(num_media: torch.Tensor, batch: int) -> None:

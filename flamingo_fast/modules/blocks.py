@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV
+from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV, media_or_kv
 from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.norm import RMSNorm
 from flamingo_fast.modules.options import op_impl
@@ -128,9 +128,7 @@ class _GatedLayer(nn.Module):
         media_locations: torch.Tensor | None,
         use_cached_media: bool,
     ) -> MediaLayout:
-        of_media = media if media_kv is None else media_kv[0]
-        if of_media is None:
-            raise ValueError("media: expected a tensor where media_kv is not given")
+        of_media = media_or_kv(media, media_kv)
         return self.attn.make_layout(x, of_media, media_locations, use_cached_media)
 
     def _finish(
