@@ -111,8 +111,8 @@ def one_medium_schedule(
         1,
     )
     longest_first = torch.sort(items[:, 2] - items[:, 1], descending=True, stable=True).indices
-    entries = batch * (seqlen // chunk) if num_slots(batch, seqlen) else 0
-    entry = torch.arange(1, min(entries, media_total) + 1, dtype=torch.int32, device=device)
+    entries = min(num_slots(batch, seqlen) // 2, media_total)
+    entry = torch.arange(1, entries + 1, dtype=torch.int32, device=device)
     index = torch.searchsorted(is_split.cumsum(0, dtype=torch.int32), entry, out_int32=True)
     found = index < media_total
     index = torch.where(found, index, 0)

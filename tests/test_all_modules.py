@@ -227,6 +227,15 @@ def test_the_docstring_names_the_arguments(name):
         ("FeedForward", {"mult": 0.01}, ValueError, "mult: expected a hidden width of at least 1"),
         ("FeedForward", {"dim": 0}, ValueError, "dim: expected an int >= 1, got 0"),
         ("MaskedCrossAttention", {"unattended": "zero_block"}, ValueError, "unattended: expected"),
+        *(
+            (
+                name,
+                {"unattended": "zero_block", "past_last": "uniform"},
+                ValueError,
+                "past_last: expected None or 'zero' .* got 'uniform'",
+            )
+            for name in ("GatedCrossAttentionBlock", "VanillaCrossAttention")
+        ),
         ("VanillaCrossAttention", {"ff_mult": 4}, TypeError, "ff_mult"),
     ],
 )

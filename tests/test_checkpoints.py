@@ -263,6 +263,7 @@ def test_a_norm_on_top_of_a_language_model_is_no_resampler():
             "expected a mapping as model_state_dict, got int",
         ),
         ({"latents": 1}, None, TypeError, "expected tensors, got int for 'latents'"),
+        ({0: torch.ones(1)}, None, TypeError, "expected names of tensors, got 0"),
         ({}, None, ValueError, "no resampler or block"),
         ({"latents": torch.ones(1)}, "otters", ValueError, "peer: expected one of .* 'otters'"),
         ({"embed": torch.ones(1)}, "otter", ValueError, r"of otter in 1 keys \(embed\)"),

@@ -441,7 +441,7 @@ def test_checkpointing():
 
     expected = outputs_and_gradients(lm, call, embeds)
     assert counts == [1] * CONFIG.depth
-    lm.checkpoint_layers = True
+    lm.model.checkpoint_layers = True
     found = outputs_and_gradients(lm, call, embeds)
     assert counts == [3] * CONFIG.depth
     for name in expected:
@@ -453,7 +453,7 @@ def test_checkpointing():
 
 def test_checkpointing_leaves_calls_with_a_cache():
     lm = make_lm()
-    lm.checkpoint_layers = True
+    lm.model.checkpoint_layers = True
     ids = make_ids(1, 5)
     cache = make_cache("dynamic")
     lm(ids, past_key_values=cache).logits.sum().backward()

@@ -45,6 +45,7 @@ WRONG_VALUES = [
     ("resampler.max_num_frames", 0, "at least 1"),
     ("resampler.max_num_media", 0, "at least 1"),
     ("resampler.ff_mult", 0.0, "above 0"),
+    ("resampler.ff_mult", 0.0001, "a hidden width of at least 1, got 0.0001 x 1536"),
     ("resampler.activation", "silu", "gelu, squared_relu"),
     ("resampler.norm", "batch", "layer, rms"),
     ("conditioning.kind", "adapter", "gated_xattn_dense, vanilla_xattn, grafting"),
@@ -71,6 +72,7 @@ WRONG_VALUES = [
     ("lm.heads", 0, "at least 1"),
     ("lm.dim_head", 0, "at least 1"),
     ("lm.ff_mult", math.nan, "finite"),
+    ("lm.ff_mult", 0.0001, "a hidden width of at least 1, got 0.0001 x 2048"),
     ("image_token_id", -1, "at least 0"),
     ("eoc_token_id", -1, "at least 0"),
     ("eoc_token_id", 3, "another token than image_token_id, got 3"),
@@ -175,6 +177,13 @@ def test_a_wrong_type_is_refused_by_name(path: str) -> None:
 def test_nearly_the_right_type_is_refused_by_name(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{path}: expected "):
         FlamingoConfig.from_json(json.dumps(_nested(path, value)))
+
+
+def test_a_block_left_alone_has_no_uniform_attention() -> None:
+    with pytest.raises(
+        ConfigError, match="conditioning.past_last: expected .* zero; got 'uniform'"
+    ):
+        ConditioningConfig(unattended="zero_block", past_last="uniform")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from model_cases import FAMILIES, IMAGE, flamingo, hf_model, open_gates, stub_encoder, tiny_config
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from flamingo_fast.models.conditioning import find_layers
-from flamingo_fast.models.config import ConfigError, LanguageModelConfig
+from flamingo_fast.models.config import ConditioningConfig, ConfigError, LanguageModelConfig
 from flamingo_fast.models.flamingo import Flamingo
 from flamingo_fast.modules import PerceiverResampler
 
@@ -162,6 +163,17 @@ def test_forms_of_media():
     media, seqlens = model.encode(flat[:, None])
     assert seqlens is None
     assert torch.equal(model(IDS, media=media).logits, expected)
+    assert torch.equal(model(IDS, media=(media, None)).logits, expected)
+
+
+def test_text_without_media_as_lists_on_a_gpu():
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            model, ids = flamingo("chinchilla"), torch.ones(1, 5, dtype=torch.int64)
+        encoded, _ = model.encode([])
+        assert (encoded.shape, encoded.device.type) == ((0, 3, 16), "cuda")
+        logits = model(ids, [[]], num_media=[0]).logits
+        assert (logits.shape, logits.device.type) == ((1, 5, 40), "cuda")
 
 
 @pytest.mark.parametrize("resampler", ["perceiver", "mlp", "transformer"])
@@ -172,6 +184,8 @@ def test_videos_of_any_number_of_frames(resampler):
     for row in range(2):
         alone = model(IDS[row : row + 1], videos=videos[row : row + 1]).logits
         torch.testing.assert_close(out[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    encoded = model.encode([video for row in videos for video in row], [2, 1])
+    assert torch.equal(model(IDS, media=encoded).logits, out)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -380,6 +394,8 @@ def test_places_of_media_have_embeddings():
     torch.testing.assert_close(media[2:], alone)
     with pytest.raises(ValueError, match="num_media: expected the numbers of 3 media"):
         model.encode(images(3, 1))
+    with pytest.raises(ValueError, match=r"num_media: .*max_num_media = 3 in a row, got \[0, 4\]"):
+        model(text([5] * 4, [IMAGE] * 4), images(4))
 
 
 ERRORS = {
@@ -428,6 +444,14 @@ ERRORS = {
         lambda m: m(IDS, torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8)),
         "expected normalised ones of a floating point dtype",
     ),
+    "media that are no tensor": (
+        lambda m: m(IDS, media=[torch.zeros(3, 16)] * 3),
+        "media: expected a tensor or the pair that encode returned, got list",
+    ),
+    "negative logits_to_keep": (
+        lambda m: m(IDS, images(2, 2), logits_to_keep=-1),
+        "logits_to_keep: expected at least 0, got -1",
+    ),
     "gradients with a cache": (
         lambda m: m(IDS, images(2, 2), cache=m.new_cache(2)),
         "cache: expected no gradients",
@@ -437,7 +461,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS.keys())
 def test_wrong_inputs(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(flamingo("llama"))
 
 
@@ -463,6 +487,24 @@ def test_parts_that_do_not_fit():
         flamingo("gemma3_text", learnt_token_ids=(4,))
     config = tiny_config(lm=LanguageModelConfig(kind="huggingface", hf_config={"n_layer": 1}))
     with pytest.raises(ConfigError, match="lm.hf_config: expected the config of a model"):
+        Flamingo(config, vision_encoder=stub_encoder())
+    config = tiny_config(
+        lm=LanguageModelConfig(
+            kind="huggingface", hf_config={"model_type": "clip"}, is_pretrained=False
+        )
+    )
+    with pytest.raises(ConfigError, match="lm.hf_config: expected a causal .* got 'clip'"):
+        Flamingo(config, vision_encoder=stub_encoder())
+    for is_pretrained in (False, True):
+        config = tiny_config(
+            lm=LanguageModelConfig(
+                kind="huggingface", name="/nonexistent/x", is_pretrained=is_pretrained
+            )
+        )
+        with pytest.raises(ConfigError, match="lm.name: expected a causal .* got '/nonexistent/x'"):
+            Flamingo(config, vision_encoder=stub_encoder())
+    config = tiny_config(conditioning=ConditioningConfig(ff_mult=0.03))
+    with pytest.raises(ConfigError, match="conditioning.ff_mult: .* got 0.03 x 32"):
         Flamingo(config, vision_encoder=stub_encoder())
     with pytest.raises(ConfigError, match="vanilla_xattn goes between"):
         flamingo("gpt_neox", "vanilla_xattn")

@@ -464,10 +464,10 @@ BAD = {
     "infinite": ({**ONE, "temperature": float("inf")}, "temperature: expected at least 0"),
     "top_p": ({**ONE, "temperature": 1.0, "top_p": 0.0}, "top_p: expected above 0"),
     "top_p_over": ({**ONE, "temperature": 1.0, "top_p": 1.1}, "top_p: .*got 1.1"),
-    "top_k": ({**ONE, "temperature": 1.0, "top_k": 0}, "top_k: expected an integer of at least 1"),
+    "top_k": ({**ONE, "temperature": 1.0, "top_k": 0}, "top_k: expected an int >= 1"),
     "greedy_top_k": ({**ONE, "top_k": 3}, "temperature: expected above 0 with top_k or top_p"),
     "greedy_top_p": ({**ONE, "top_p": 0.5}, "temperature: expected above 0 with top_k or top_p"),
-    "num_beams": ({**ONE, "num_beams": 0}, "num_beams: expected an integer of at least 1, got 0"),
+    "num_beams": ({**ONE, "num_beams": 0}, "num_beams: expected an int >= 1, got 0"),
     "sampled": ({**ONE, "num_beams": 2, "temperature": 1.0}, "temperature: expected 0 with num"),
     "streamed": ({**ONE, "num_beams": 2, "streamer": print}, "streamer: expected None with num"),
     "early": ({**ONE, "num_beams": 2, "early_stopping": "yes"}, "early_stopping: .*got 'yes'"),
@@ -528,5 +528,5 @@ def test_wrong_options(options, message):
 def test_wrong_options_of_several_prompts():
     with pytest.raises(ValueError, match="options: expected as many for each prompt, got .1, 2."):
         score(flamingo(), **prompt_of([5], [6]), options=[[[5]], [[6], [7]]])
-    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected an int >= 1, got 0"):
         score(flamingo(), **ONE, options=[[5]], batch_size=0)

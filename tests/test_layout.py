@@ -285,6 +285,9 @@ def test_equality():
     ]
     for other in others:
         assert layout != other
+    # Tokens after the last image token attend to nothing, and with "next" they are not past it.
+    after = MediaLayout.from_media_locations(locations, 1, "next")
+    assert after != MediaLayout.from_intervals(after.media_start, after.media_end, 1, 1)
     with pytest.raises(TypeError, match="unhashable type"):
         hash(layout)
 

@@ -109,3 +109,20 @@ def test_wrong_arguments_of_from_intervals(error, message, changed):
     } | changed
     with pytest.raises(error, match=message):
         MediaLayout.from_intervals(**arguments)
+
+
+def test_valid_tokens_below_0_after_the_media():
+    with pytest.raises(ValueError, match="media_seqlens: medium 1 has -3 tokens"):
+        MediaLayout.after_media(LOCATIONS, 1, 1, media_seqlens=torch.tensor([2, -3]))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32]
+)
+def test_integers_of_any_dtype(dtype):
+    cu_seqlens, seqlens = torch.tensor([0, 3, 4]), torch.tensor([9, 0, 5])
+    expected = MediaLayout.packed(LOCATIONS[:1], cu_seqlens, [2, 1], media_seqlens=seqlens)
+    layout = MediaLayout.packed(
+        LOCATIONS[:1], cu_seqlens.to(dtype), [2, 1], media_seqlens=seqlens.to(dtype)
+    )
+    assert layout == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_venv import ROOT
+from model_cases import flamingo
 from module_cases import BF16, FP32, results
 from open_flamingo_cases import (
     DIM,
@@ -438,6 +439,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: expected .* of weights alone"):
         load_open_flamingo(make_ours("llama", 2), tmp_path / "checkpoint.pt")
     assert not (tmp_path / "was here").exists()
+
+
+@pytest.mark.parametrize("text", ["hello", "(a", "version https://of.a/pointer"])
+def test_text_is_no_checkpoint(text: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_text(text)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: expected a file that torch\.save"):
+        load_open_flamingo(make_ours("llama", 2), tmp_path / "checkpoint.pt")
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="conditioning.kind: expected gated_.* got 'grafting'"):
+        load_open_flamingo(flamingo("llama", "grafting"), {})
 
 
 @pytest.mark.parametrize("left", [0.0, 0.5, 0.99])

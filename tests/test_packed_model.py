@@ -382,6 +382,10 @@ REFUSED = {
         {"images": torch.zeros(1, 3, 8, 8), "num_media": [0, 1]},
         "images: document 0 has 1 image tokens and 0 images",
     ),
+    "a_number": (
+        {"cu_seqlens": torch.tensor(4)},
+        r"cu_seqlens: expected shape \(documents \+ 1,\), got \(\)",
+    ),
     "after": (
         {"cu_seqlens": [0, 0, 0], "num_media": [0, 0]},
         "cu_seqlens: expected no image tokens after the last document, got 1",

@@ -344,7 +344,7 @@ NAN = torch.tensor([[[float("nan")]]] * 3)
         (Video([torch.zeros(3, 2, 2), torch.ones(1, 2, 2)]), MediaError, "frame 1: .*3, H, W"),
         (Video([3]), TypeError, "frame 0: .* got int"),
         (Video(3), TypeError, "as a video, got int"),
-        (Video("nowhere.mp4", num_frames=0), ValueError, ".num_frames: .*at least 1, got 0"),
+        (Video("nowhere.mp4", num_frames=0), ValueError, ".num_frames: .*int >= 1, got 0"),
         (3, TypeError, "expected text, a PIL image, .* got int"),
         (None, TypeError, "expected text, a PIL image, .* got NoneType"),
         (np.zeros((3, 4, 4)), TypeError, "expected text, a PIL image, .* got ndarray"),

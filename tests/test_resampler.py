@@ -355,3 +355,5 @@ def test_wrong_arguments_by_name(our_class, shape, lengths, message):
     media_seqlens = None if lengths is None else torch.ones(lengths, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         ours(torch.randn(shape), media_seqlens=media_seqlens)
+    with pytest.raises(ValueError, match=r"places: expected shape \(2, 3\), got \(1, 1\)"):
+        ours(torch.randn(2, 3, 7, 24), places=torch.ones(1, 1, dtype=torch.int64))

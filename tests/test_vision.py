@@ -178,6 +178,14 @@ def test_position_embeddings_of_another_model_are_refused():
         encoder.load_state_dict(saved)
 
 
+def test_position_embeddings_of_a_module_of_ones_own():
+    module = nn.Module()
+    module.pos_embed = nn.Parameter(torch.zeros(1, 4, 5))
+    saved = {"model.pos_embed": torch.zeros(1, 9, 5)}
+    with pytest.raises(RuntimeError, match="size mismatch for model.pos_embed"):
+        VisionEncoder.from_module(module, 5).load_state_dict(saved)
+
+
 def test_copies():
     encoder = encoder_of("vit_mini")
     copied = copy.deepcopy(encoder)
@@ -281,8 +289,9 @@ def test_wrong_images(images, message):
         ({"encoder": "nfnet_f8"}, r"vision.encoder: .*; got 'nfnet_f8'. Close to it: .*nfnet_f6"),
         ({"encoder": "resnet18.nowhere"}, "vision.encoder: .*tv_in1k.*'resnet18.nowhere'"),
         ({"encoder": "vit_mini", "is_pretrained": True}, "vision.is_pretrained: .* vit_mini"),
+        ({"encoder": "vit_mini", "image_size": 7}, "vision.image_size: .* 14, .* vit_mini, got 7"),
     ],
-    ids=["name", "weights", "mini"],
+    ids=["name", "weights", "mini", "small"],
 )
 def test_wrong_configs(options, message):
     with pytest.raises(ConfigError, match=message):

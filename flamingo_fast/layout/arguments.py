@@ -33,6 +33,8 @@ def document_boundaries(
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int64, device="cpu")
     if not holds_integers(cu_seqlens):
         raise TypeError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
+    # Differences of unsigned ones never are negative.
+    cu_seqlens = cu_seqlens.long()
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
             f"cu_seqlens: expected shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
@@ -89,24 +91,22 @@ def count_media(
 ) -> tuple[torch.Tensor, int, int]:
     """(cu_media, media_total, max_media)."""
     if isinstance(num_media, int | float):
-        if not is_count(num_media):
-            raise ValueError(f"num_media: expected an integer >= 0, got {num_media!r}")
+        check_count("num_media", num_media)
         cu_media = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_media
         max_media = num_media
         total = batch * num_media
     elif isinstance(num_media, torch.Tensor) and num_media.device.type != "cpu":
         _check_counts(num_media, batch)
-        if media_total is not None and not is_count(media_total):
-            raise ValueError(f"media_total: expected an integer >= 0, got {media_total!r}")
         if media_total is None:
             raise ValueError(
                 "media_total: expected the sum of num_media, a tensor on "
                 f"{num_media.device} whose values are not waited for"
             )
+        check_count("media_total", media_total)
         _refuse_other_gpu("num_media", num_media, device)
         cu_media = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         # What is beyond media_total does not exist.
-        cu_media[1:] = num_media.cumsum(0).clamp_(0, media_total)
+        cu_media[1:] = num_media.long().cumsum(0).clamp_(0, media_total)
         return cu_media, media_total, media_total
     else:
         if isinstance(num_media, torch.Tensor):
@@ -134,6 +134,12 @@ def count_media(
 def is_count(value: object) -> bool:
     """Whether it is an integer, no bool, of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuses what is no count, by name."""
+    if not is_count(value):
+        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
 
 
 def _check_counts(num_media: torch.Tensor, batch: int) -> None:
@@ -179,7 +185,5 @@ def holds_integers(tensor: torch.Tensor) -> bool:
 def to_int32(values: torch.Tensor) -> torch.Tensor:
     """A copy; what does not fit stays wrong, or long, instead of wrapping."""
     limits = torch.iinfo(torch.int32)
-    # Limits that a narrow dtype can't hold are an error.
-    if torch.iinfo(values.dtype).max > limits.max:
-        values = values.clamp(limits.min, limits.max)
-    return values.to(torch.int32, copy=True)
+    # Limits of int32 are none of narrower dtypes, and PyTorch clamps no unsigned ones.
+    return values.long().clamp(limits.min, limits.max).int()

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from flamingo_fast.layout.arguments import (
+    check_count,
     check_integers,
     count_media,
     is_count,
@@ -129,12 +130,9 @@ class MediaLayout:
         check_integers("media_locations", media_locations, 2, dtypes=(torch.bool,))
         with no_inference_tensors():
             text_time = media_locations.cumsum(1, dtype=torch.int32)
-            layout = cls._causal(
+            return cls._causal(
                 text_time, media_locations, num_media, attend, media_total, media_seqlens
             )
-        if media_seqlens is not None:
-            layout._validate_on_cpu()
-        return layout
 
     @classmethod
     def after_media(
@@ -183,10 +181,7 @@ class MediaLayout:
         """
         check_integers("media_start", media_start, 2)
         check_integers("media_end", media_end, 2, like=media_start)
-        if not is_count(max_media_per_token):
-            raise ValueError(
-                f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
-            )
+        check_count("max_media_per_token", max_media_per_token)
         device = media_start.device
         with no_inference_tensors():
             cu_media, media_total, max_media = count_media(
@@ -233,10 +228,7 @@ class MediaLayout:
         batch, _, columns = mask.shape
         if max_media_per_token is None:
             max_media_per_token = several(columns)
-        elif not is_count(max_media_per_token):
-            raise ValueError(
-                f"max_media_per_token: expected an integer >= 0, got {max_media_per_token!r}"
-            )
+        check_count("max_media_per_token", max_media_per_token)
         device = mask.device
         with no_inference_tensors():
             cu_media, media_total, max_media = count_media(
@@ -349,7 +341,7 @@ class MediaLayout:
         media_start, media_end = causal_intervals(
             text_time, media_locations, cu_media.diff()[:, None], by_token(modes)
         )
-        return cls._with_schedule(
+        layout = cls._with_schedule(
             media_start,
             media_end,
             cu_media,
@@ -360,6 +352,9 @@ class MediaLayout:
             in_order=True,
             tells_past_last=not has_mode(attend, "next"),
         )
+        if media_seqlens is not None:
+            layout._validate_on_cpu()
+        return layout
 
     @classmethod
     def _with_schedule(
@@ -566,9 +561,10 @@ class MediaLayout:
         )
         if not same_sizes or not self._has_media_of(other):
             return False
+        if not torch.equal(self.past_last(), other.past_last()):
+            return False
         if (self.media_bits is None) != (other.media_bits is None) or self.media_bits is not None:
-            same = torch.equal(self.to_mask(), other.to_mask())
-            return same and torch.equal(self.past_last(), other.past_last())
+            return torch.equal(self.to_mask(), other.to_mask())
         return torch.equal(self.media_start, other.media_start) and torch.equal(
             self.media_end, other.media_end
         )

@@ -92,7 +92,7 @@ class FlamingoCache:
         for have, more in zip(self.num_media, num_new, strict=True):
             order += [*range(old, old + have), *range(new, new + more)]
             old, new = old + have, new + more
-        return torch.tensor(order, device=device)
+        return torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
     def _merged_seqlens(
         self,

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from flamingo_fast.models.config import LanguageModelConfig
 from flamingo_fast.models.extras import require
+from flamingo_fast.models.media_inputs import check_logits_to_keep
 from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.options import make_norm
 from flamingo_fast.modules.plain import is_plain
@@ -431,15 +432,6 @@ class ChinchillaLM(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
-    @property
-    def checkpoint_layers(self) -> bool:
-        """See `ChinchillaModel`."""
-        return self.model.checkpoint_layers
-
-    @checkpoint_layers.setter
-    def checkpoint_layers(self, enable: bool) -> None:
-        self.model.checkpoint_layers = enable
-
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
@@ -470,8 +462,7 @@ class ChinchillaLM(nn.Module):
             ValueError: a wrong argument, by name.
             ImportError: use_cache without transformers.
         """
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep: expected at least 0, got {logits_to_keep}")
+        check_logits_to_keep(logits_to_keep)
         output = self.model(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         return ChinchillaLMOutput(logits, output.past_key_values)

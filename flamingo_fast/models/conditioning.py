@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flamingo_fast.layout import MediaLayout
 from flamingo_fast.models.config import ConditioningConfig, ConfigError
+from flamingo_fast.models.fields import hidden_width
 from flamingo_fast.modules import (
     GatedCrossAttentionBlock,
     VanillaCrossAttention,
@@ -129,6 +130,7 @@ class Conditioning(nn.Module):
         if config.kind == "vanilla_xattn":
             blocks: list[nn.Module] = [VanillaCrossAttention(**options) for _ in range(number)]
         else:
+            hidden_width("conditioning.ff_mult", config.ff_mult, dim)
             options |= {"ff_mult": config.ff_mult, "activation": config.activation}
             blocks = [GatedCrossAttentionBlock(**options) for _ in range(number)]
         self.blocks = nn.ModuleList(blocks)

@@ -14,6 +14,7 @@ from flamingo_fast.models.fields import (
     at_least,
     check_fields,
     from_dict,
+    hidden_width,
     one_of,
     positive,
 )
@@ -89,7 +90,7 @@ class ResamplerConfig:
         at_least("resampler", self, 1, "dim", "heads", "dim_head", "num_latents")
         at_least("resampler", self, 0, "depth")
         at_least("resampler", self, 1, "max_num_frames", "max_num_media")
-        positive("resampler.ff_mult", self.ff_mult)
+        hidden_width("resampler.ff_mult", self.ff_mult, self.dim)
         one_of("resampler.activation", self.activation, ACTIVATIONS)
         one_of("resampler.norm", self.norm, NORMS)
 
@@ -111,7 +112,7 @@ class ConditioningConfig:
         heads, dim_head, ff_mult, activation, bias, norm, media_norm: see
             `GatedCrossAttentionBlock`.
         attend: "previous", "next" or "all_previous" (table 10) media, see `MediaLayout`.
-        unattended, past_last: see `MaskedCrossAttention`; None: its defaults.
+        unattended, past_last: see `GatedCrossAttentionBlock`; None: its defaults.
         dim_media: the width that keys and values are projected from. None: the resampler's. Where
             it is more, the resampler's columns are repeated to fill it: the paper's counts want the
             language model's width there, and it doesn't say how tokens of 1536 get so wide.
@@ -150,7 +151,8 @@ class ConditioningConfig:
         if self.unattended is not None:
             one_of("conditioning.unattended", self.unattended, (*UNATTENDED, "zero_block"))
         if self.past_last is not None:
-            one_of("conditioning.past_last", self.past_last, PAST_LAST)
+            known = ("zero",) if self.unattended == "zero_block" else PAST_LAST
+            one_of("conditioning.past_last", self.past_last, known)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Which of a language model's `depth` layers have a block; of grafting none.
@@ -201,7 +203,7 @@ class LanguageModelConfig:
         check_fields(self, "lm")
         one_of("lm.kind", self.kind, LANGUAGE_MODELS)
         at_least("lm", self, 1, "vocab_size", "dim", "depth", "heads", "dim_head")
-        positive("lm.ff_mult", self.ff_mult)
+        hidden_width("lm.ff_mult", self.ff_mult, self.dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,13 @@ def positive(path: str, value: float) -> None:
         raise ConfigError(f"{path}: expected a finite number above 0, got {value!r}")
 
 
+def hidden_width(path: str, mult: float, dim: int) -> None:
+    """Refuses a feed-forward without a hidden feature; mult is in units of dim."""
+    positive(path, mult)
+    if int(dim * mult) < 1:
+        raise ConfigError(f"{path}: expected a hidden width of at least 1, got {mult!r} x {dim}")
+
+
 def one_of(path: str, value: str, known: tuple[str, ...]) -> None:
     """Refuses a name that is not known, and says which are."""
     if value not in known:

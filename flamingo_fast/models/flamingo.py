@@ -33,10 +33,10 @@ from flamingo_fast.models.generation import GenerateOutput, generate, score
 from flamingo_fast.models.media_inputs import (
     Features,
     Media,
-    cat_frames,
     check_counts,
     check_ids,
     check_length,
+    check_logits_to_keep,
     check_vocabulary,
     flat_features,
     flat_media,
@@ -146,8 +146,8 @@ class Flamingo(nn.Module):
         parameters = inspect.signature(self._base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_slots = "cache_position" in parameters
-        # transformers' name of it until 5.23, and ours.
         self.max_tokens = max_tokens_of(self.lang_model)
+        # transformers' name of it until 5.23, and ours.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         if config.lm.is_frozen:
             lang_model.requires_grad_(False)
@@ -202,7 +202,7 @@ class Flamingo(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         num_media: Sequence[int] | None = None,
-        media: torch.Tensor | None = None,
+        media: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
         features: Features | None = None,
         cu_seqlens: torch.Tensor | Sequence[int] | None = None,
         attend: str | Sequence[str] | None = None,
@@ -232,7 +232,8 @@ class Flamingo(nn.Module):
                 shifted here.
             num_media: media of each row, if known. Otherwise image tokens are counted, which on a
                 GPU waits for it.
-            media: in place of images or videos, what `encode` returned.
+            media: in place of images or videos, what `encode` returned; or its tokens alone, if all
+                are valid, (media_total, R, dim_media) or (B, N, R, dim_media).
             features: in place of them, what the vision encoder returned for each frame, row after
                 row: (media_total, F, S, width), or a list of (F, S, width). The encoder does not
                 run; an empty list says so of text alone.
@@ -259,6 +260,7 @@ class Flamingo(nn.Module):
             raise ValueError(
                 f"loss_reduction: expected {' or '.join(_REDUCTIONS)}, got {loss_reduction!r}"
             )
+        check_logits_to_keep(logits_to_keep)
         packed = self._packed(input_ids, cu_seqlens, attention_mask, cache)
         if attention_mask is not None and media_locations is None:
             media_locations = (input_ids == self.config.image_token_id) & (attention_mask != 0)
@@ -338,21 +340,22 @@ class Flamingo(nn.Module):
             if all are.
         """
         frames = [len(each) for each in media]
-        pixels = media.flatten(0, 1) if isinstance(media, torch.Tensor) else cat_frames(media)
         if not frames:
-            return self.resample(self._features_of_none(pixels), num_media)
+            like = media if isinstance(media, torch.Tensor) else next(self.resampler.parameters())
+            return self.resample(self._features_of_none(like.device), num_media)
+        pixels = media.flatten(0, 1) if isinstance(media, torch.Tensor) else torch.cat(list(media))
         features = self.vision_encoder(pixels)
         if len(set(frames)) == 1:
             return self.resample(features.unflatten(0, (len(frames), frames[0])), num_media)
         return self.resample(features.split(frames), num_media)
 
-    def _features_of_none(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _features_of_none(self, device: torch.device) -> torch.Tensor:
         """(0, 1, S, width): where gradients or other ranks wait for the encoder, it runs."""
         encoder = self.vision_encoder
         if (torch.is_grad_enabled() and not encoder.is_frozen) or is_sharded(encoder):
             size = self.config.vision.image_size
-            return encoder(pixels.new_zeros(0, 3, size, size))[:, None]
-        return pixels.new_zeros((0, 1, 1, encoder.features), dtype=dtype_of(encoder))
+            return encoder(torch.zeros(0, 3, size, size, device=device))[:, None]
+        return torch.zeros(0, 1, 1, encoder.features, dtype=dtype_of(encoder), device=device)
 
     def resample(
         self, features: Features, num_media: Sequence[int] | None = None
@@ -364,19 +367,16 @@ class Flamingo(nn.Module):
             num_media: see `encode`.
         """
         config = self.config.resampler
-        places = None
-        if config.max_num_media is not None:
-            places = places_of(num_media, len(features))
         tokens, seqlens = resample(
             self.resampler,
             features,
-            places,
+            places_of(num_media, len(features), config.max_num_media),
             width=self.vision_encoder.features,
             max_num_frames=config.max_num_frames,
             keeps_length=config.kind != "perceiver",
         )
         repeats = -(-self.dim_media // tokens.shape[-1])
-        if repeats > 1 or tokens.shape[-1] > self.dim_media:
+        if repeats > 1:
             tokens = torch.cat([tokens] * repeats, -1)[..., : self.dim_media]
         return tokens, seqlens
 
@@ -407,10 +407,10 @@ class Flamingo(nn.Module):
         """Inside, the language model itself sees these media, its own `generate` too.
 
         Its prompt must be input_ids, or each row of it several times in turn, as beams are; tokens
-        after it come one by one. Yields the language model.
+        after it come one by one. Gradients are off. Yields the language model.
 
         Raises:
-            ConfigError: of grafting, which changes what comes after the language model.
+            ConfigError: of grafting and learnt_token_ids, which change more than layers.
         """
         if self.config.conditioning.kind == "grafting" or self.tokens is not None:
             raise ConfigError(
@@ -461,12 +461,12 @@ class Flamingo(nn.Module):
         given = {name: each for name, each in arguments.items() if each is not None}
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: expected one of them")
-        name, values = next(iter(given.items()), ("images", None))
+        name, values = next(iter((given or {"images": None}).items()))
         each = "row" if packed is None else "document"
         number = media_locations.shape[0] if packed is None else packed.num_documents
         if num_media is not None and len(num_media) != number:
             raise ValueError(f"num_media: expected {number} numbers, got {list(num_media)}")
-        tokens = None
+        tokens = seqlens = None
         if media_locations.device.type == "cpu" or (num_media is None and values is not None):
             if packed is None:
                 tokens = media_locations.sum(1).tolist()
@@ -476,22 +476,22 @@ class Flamingo(nn.Module):
                     raise ValueError(
                         f"cu_seqlens: expected no image tokens after the last document, got {after}"
                     )
-        if values is None:
-            check_counts(name, tokens, [0] * number, each)
-            if any(num_media or ()):
-                raise ValueError(f"num_media: expected 0, as no media are given; got {num_media}")
-            pixels = torch.empty(0, 1, 3, 1, 1, device=media_locations.device)
-            encoded, _ = self.encode(pixels)
-            return encoded, [0] * number, None
+        if name == "media" and isinstance(values, tuple) and len(values) == 2:
+            values, seqlens = values
+        flat: Any = []
+        counts = [0] * number
         if name == "features":
             width = self.vision_encoder.features
             flat, counts = flat_features(values, width, tokens, num_media)
-        else:
+        elif values is not None:
             flat, counts = flat_media(name, values, number, tokens, num_media, each)
         check_counts(name, tokens, counts, each)
+        if values is None and any(num_media or ()):
+            raise ValueError(f"num_media: expected 0, as no media are given; got {num_media}")
         if name == "media":
-            assert isinstance(flat, torch.Tensor)
-            return flat, counts, None
+            return flat, counts, seqlens
+        if name != "features" and len(flat) == 0:
+            flat = torch.empty(0, 1, 3, 1, 1, device=media_locations.device)
         encode = self.resample if name == "features" else self.encode
         encoded, seqlens = encode(flat, counts)
         return encoded, counts, seqlens

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flamingo_fast.models.config import ConfigError, FlamingoConfig
+from flamingo_fast.models.config import FlamingoConfig
 from flamingo_fast.models.extras import require
 from flamingo_fast.models.processor import FlamingoProcessor, Image, Part
+from flamingo_fast.models.saving import read_config
 
-_CONFIG = "config.json"
 _IMAGE_TOKEN = "<image>"
 _EOC_TOKEN = "<|endofchunk|>"
 
@@ -29,13 +29,7 @@ def processor_of(folder: str | os.PathLike[str]) -> tuple[FlamingoConfig, Flamin
         ImportError: an extra that is not installed.
     """
     folder = Path(folder)
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the config of the model, there is no such file")
-    try:
-        config = FlamingoConfig.from_file(path)
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    config = read_config(folder)
     tokenizer = _tokenizer_of(folder)
     return config, FlamingoProcessor.of(
         config,

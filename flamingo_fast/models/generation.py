@@ -17,8 +17,9 @@ from flamingo_fast.models.beam_search import beam_search
 from flamingo_fast.models.cache import FlamingoCache
 from flamingo_fast.models.decoder import Decoder, mask_until
 from flamingo_fast.models.media_inputs import Media, check_ids, check_length
-from flamingo_fast.models.sampling import Sampling, Stops, check_at_least_one
+from flamingo_fast.models.sampling import Sampling, Stops
 from flamingo_fast.models.scoring import options_of, score_options
+from flamingo_fast.modules.options import check_dims
 
 if TYPE_CHECKING:
     from flamingo_fast.models.flamingo import Flamingo
@@ -104,7 +105,7 @@ def generate(
     """
     strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
     sampling = Sampling(temperature, top_k, top_p, generator)
-    check_at_least_one(max_new_tokens=max_new_tokens, num_beams=num_beams)
+    check_dims(max_new_tokens=max_new_tokens, num_beams=num_beams)
     if num_beams > 1 and temperature > 0:
         raise ValueError(
             f"temperature: expected 0 with num_beams = {num_beams}, got {temperature}; beams are "
@@ -198,7 +199,7 @@ def score(
         TypeError, ValueError: a wrong argument, by name.
     """
     if batch_size is not None:
-        check_at_least_one(batch_size=batch_size)
+        check_dims(batch_size=batch_size)
     cache, logits = _prefill(model, input_ids, images, videos, attention_mask, num_media=num_media)
     by_prompt = options_of(options, input_ids.shape[0], model)
     number = len(by_prompt[0])

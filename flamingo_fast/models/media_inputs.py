@@ -47,6 +47,12 @@ def check_length(num_tokens: int, max_tokens: int | None, name: str = "input_ids
         )
 
 
+def check_logits_to_keep(number: int) -> None:
+    """Whether it is a number of last tokens, or 0."""
+    if number < 0:
+        raise ValueError(f"logits_to_keep: expected at least 0, got {number}")
+
+
 def check_counts(
     name: str, tokens: list[int] | None, counts: Sequence[int], each: str = "row"
 ) -> None:
@@ -57,11 +63,6 @@ def check_counts(
                 f"{name}: {each} {index} has {wanted} image tokens and {given} {name}; expected as "
                 "many"
             )
-
-
-def cat_frames(media: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Frames of all media, one after another: (frames, 3, H, W), of none (0, 3, 1, 1)."""
-    return torch.cat(list(media)) if media else torch.empty(0, 3, 1, 1)
 
 
 def _counts_of_flat(
@@ -93,6 +94,11 @@ def flat_media(
         each: what rows are called.
     """
     has_frames = name == "videos"
+    if not isinstance(values, torch.Tensor) and name == "media":
+        raise TypeError(
+            "media: expected a tensor or the pair that encode returned, got "
+            f"{type(values).__name__}"
+        )
     if not isinstance(values, torch.Tensor):
         return _flat_lists(name, values, rows, tokens, num_media, each)
     sizes = 3 if name == "media" else 4 + has_frames

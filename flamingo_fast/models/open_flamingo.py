@@ -136,9 +136,15 @@ def load_open_flamingo(
         TypeError: the state dict is no mapping of names to tensors.
         FileNotFoundError: no such file.
         CheckpointError: a file that can't be read so; an embedding of another size.
-        ValueError: names that don't fit, if strict; shapes that don't. Nothing was copied then.
+        ValueError: a model of another kind of conditioning; names that don't fit, if strict; shapes
+            that don't. Nothing was copied then.
     """
     check_nothing_on_meta(model, "model")
+    kind = model.config.conditioning.kind
+    if kind != "gated_xattn_dense":
+        raise ValueError(
+            f"conditioning.kind: expected gated_xattn_dense, which OpenFlamingo has, got {kind!r}"
+        )
     if not isinstance(checkpoint, Mapping):
         checkpoint = _read_open_flamingo(Path(checkpoint))
     sorted_out = canonical_state_dict(checkpoint, "open_flamingo")
@@ -209,7 +215,8 @@ def _read_open_flamingo(path: Path) -> Mapping[str, Any]:
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # Of text that begins as opcodes do the unpickler looks up what is not there.
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         raise CheckpointError(
             f"{path}: expected a file that torch.save wrote, of weights alone, got one that is "
             f"broken or has other objects in it, which are not loaded ({error})"

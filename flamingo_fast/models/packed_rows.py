@@ -56,12 +56,12 @@ class PackedRows:
         Raises:
             TypeError, ValueError: boundaries that are none, by name.
         """
-        longest = seqlen
-        if not isinstance(cu_seqlens, torch.Tensor):
-            cu_seqlens = document_boundaries(cu_seqlens, batch, seqlen, torch.device("cpu"))
-        if values_are_at_hand(cu_seqlens) and len(cu_seqlens) > 1:
-            longest = int(cu_seqlens.diff().max())
         boundaries = document_boundaries(cu_seqlens, batch, seqlen, device)
+        longest, given = seqlen, cu_seqlens
+        if not isinstance(given, torch.Tensor):
+            given = torch.tensor(given, dtype=torch.int64, device="cpu")
+        if values_are_at_hand(given) and len(given) > 1:
+            longest = int(given.long().diff().max())
         token = torch.arange(batch * seqlen, dtype=torch.int32, device=device)
         documents = torch.searchsorted(boundaries[1:].contiguous(), token, right=True)
         # The tokens after the last document begin anew in each row.

@@ -52,24 +52,39 @@ def make_lang_model(
     """The language model that the config says.
 
     Raises:
-        ConfigError: neither a name nor a config of a model of transformers.
+        ConfigError: neither a name nor a config of a causal language model of transformers.
     """
     if config.kind == "chinchilla":
         return ChinchillaLM(config, device=device, dtype=dtype)
     transformers = require("transformers")
     if config.name is not None and config.is_pretrained:
-        model = transformers.AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+        with _named("lm.name", config.name):
+            model = transformers.AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
         return model.to(device)
     if config.hf_config is not None:
+        where, value = "lm.hf_config", config.hf_config.get("model_type")
         hf_config = _hf_config(transformers, config.hf_config)
     elif config.name is not None:
-        hf_config = transformers.AutoConfig.from_pretrained(config.name)
+        where, value = "lm.name", config.name
+        with _named(where, value):
+            hf_config = transformers.AutoConfig.from_pretrained(config.name)
     else:
         raise ConfigError(
             "lm.name, lm.hf_config: expected one of them where lm.kind is huggingface"
         )
-    with made_with(device=device, dtype=dtype):
+    with _named(where, value), made_with(device=device, dtype=dtype):
         return transformers.AutoModelForCausalLM.from_config(hf_config)
+
+
+@contextlib.contextmanager
+def _named(where: str, value: str | None) -> Iterator[None]:
+    """Inside, errors of transformers are those of a field."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: expected a causal language model of transformers, got {value!r} ({error})"
+        ) from error
 
 
 def _hf_config(transformers: Any, values: dict[str, Any]) -> Any:

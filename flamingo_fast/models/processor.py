@@ -15,6 +15,7 @@ import torch
 from flamingo_fast.models.config import ConfigError, FlamingoConfig
 from flamingo_fast.models.extras import require
 from flamingo_fast.models.vision import data_config
+from flamingo_fast.modules.options import check_dims
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -132,7 +133,7 @@ class FlamingoProcessor:
     ) -> None:
         if eoc_token == image_token:
             raise ValueError(f"eoc_token: expected another than image_token, got {eoc_token!r}")
-        _check_num_frames("num_frames", num_frames)
+        check_dims(num_frames=num_frames)
         self.image_transform = image_transform
         self.tokenizer = tokenizer
         self.image_token, self.eoc_token = image_token, eoc_token
@@ -298,7 +299,7 @@ class FlamingoProcessor:
             return self._pixels(part.source if isinstance(part, Image) else part, where)[None]
         source = part.source
         num_frames = self.num_frames if part.num_frames is None else part.num_frames
-        _check_num_frames(f"{where}.num_frames", num_frames)
+        check_dims(**{f"{where}.num_frames": num_frames})
         if isinstance(source, str | os.PathLike):
             frames: Sequence[Any] = decode_video(Path(source), num_frames, where)
         elif isinstance(source, torch.Tensor):
@@ -326,11 +327,6 @@ class FlamingoProcessor:
             got = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
             raise ValueError(f"image_transform: expected it to return (3, H, W), got {got}")
         return pixels
-
-
-def _check_num_frames(name: str, num_frames: int) -> None:
-    if num_frames < 1:
-        raise ValueError(f"{name}: expected at least 1, got {num_frames}")
 
 
 def _evenly(count: int, most: int) -> list[int]:

@@ -59,13 +59,22 @@ def resample(
     return tokens, seqlens if keeps_length else None
 
 
-def places_of(num_media: Sequence[int] | None, media_total: int) -> list[int]:
-    """Each medium's place among those of its row."""
+def places_of(
+    num_media: Sequence[int] | None, media_total: int, max_num_media: int | None
+) -> list[int] | None:
+    """Each medium's place among those of its row, of which so many have embeddings; None: none."""
+    if max_num_media is None:
+        return None
     num_media = num_media or ()
     if sum(num_media) != media_total:
         raise ValueError(
             f"num_media: expected the numbers of {media_total} media, as their places have "
             f"embeddings; got {num_media}"
+        )
+    if max(num_media, default=0) > max_num_media:
+        raise ValueError(
+            f"num_media: expected at most resampler.max_num_media = {max_num_media} in a row, got "
+            f"{list(num_media)}"
         )
     return [place for count in num_media for place in range(count)]
 
@@ -84,7 +93,8 @@ def _resampled(
     """(n, F, S, width) -> (n, R, dim)."""
     index = None
     if places is not None:
-        index = torch.tensor(places, dtype=torch.int64, device=features.device)[:, None]
+        index = torch.tensor(places, dtype=torch.int64, device="cpu")[:, None]
+        index = index.to(features.device, non_blocking=True)
     seqlens = None if seqlens is None else seqlens[:, None]
     return resampler(features[:, None], places=index, media_seqlens=seqlens).flatten(0, 1)
 
@@ -96,7 +106,7 @@ def _resampled_in_one_call(
     places: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded, with their lengths: ranks that share the resampler make as many calls."""
-    lengths = torch.tensor(frames, dtype=torch.int32) * features[0].shape[1]
+    lengths = torch.tensor(frames, dtype=torch.int32, device="cpu") * features[0].shape[1]
     seqlens = lengths.to(features[0].device, non_blocking=True)
     padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
     return _resampled(resampler, padded, places, seqlens), seqlens
@@ -119,5 +129,6 @@ def _resampled_in_groups(
     lengths = [len(each) for each in by_medium]
     seqlens = None
     if len(set(lengths)) > 1:
-        seqlens = torch.tensor(lengths, dtype=torch.int32, device=by_medium[0].device)
+        seqlens = torch.tensor(lengths, dtype=torch.int32, device="cpu")
+        seqlens = seqlens.to(by_medium[0].device, non_blocking=True)
     return torch.nn.utils.rnn.pad_sequence(by_medium, batch_first=True), seqlens

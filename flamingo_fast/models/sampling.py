@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from flamingo_fast.modules.options import check_dims
+
 # Tokens after which a GPU is waited for, to ask whether all rows are finished.
 TOKENS_A_CHECK = 16
 
@@ -26,7 +28,7 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
         if self.top_k is not None:
-            check_at_least_one(top_k=self.top_k)
+            check_dims(top_k=self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and not self.top_k is self.top_p is None:
@@ -104,10 +106,3 @@ class Stops:
     def _has_string(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids)
         return any(each in text for each in self.strings)
-
-
-def check_at_least_one(**values: int) -> None:
-    """Raises ValueError for what is no integer of at least 1, by its name."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")

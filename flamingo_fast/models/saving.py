@@ -133,7 +133,7 @@ def from_pretrained(
     """
     folder = Path(folder)
     if config is None:
-        config = _read_config(folder)
+        config = read_config(folder)
     files = _weight_files(folder)
     keys = {key for of_file in files.values() for key in of_file}
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -243,7 +243,13 @@ def hf_config_of(lang_model: Any) -> dict[str, Any] | None:
     return {name: values[name] for name in values if name not in _NOT_OF_THE_MODEL}
 
 
-def _read_config(folder: Path) -> FlamingoConfig:
+def read_config(folder: Path) -> FlamingoConfig:
+    """Of a folder that `save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ConfigError: config.json is none.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected one that save_pretrained wrote, got {folder}")
     path = folder / _CONFIG

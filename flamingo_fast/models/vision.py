@@ -50,7 +50,8 @@ class VisionEncoder(nn.Module):
         dtype: of the weights.
 
     Raises:
-        ConfigError: vision.encoder is no name that timm knows, or has no weights to load.
+        ConfigError: vision.encoder is no name that timm knows, or has no weights to load;
+            vision.image_size is less than a patch of vit_mini.
         ImportError: timm is not installed.
     """
 
@@ -250,9 +251,14 @@ def _nfnet_mini() -> nn.Module:
 
 def _vit_mini(image_size: int) -> nn.Module:
     """CLIP's vision transformer with a sixteenth of its width, and three layers."""
+    patch = 14
+    if image_size < patch:
+        raise ConfigError(
+            f"vision.image_size: expected at least {patch}, a patch of vit_mini, got {image_size}"
+        )
     return require("timm.models.vision_transformer").VisionTransformer(
         img_size=image_size,
-        patch_size=14,
+        patch_size=patch,
         embed_dim=64,
         depth=3,
         num_heads=4,
@@ -274,6 +280,9 @@ def _resample_positions(
     key = f"{prefix}model.pos_embed"
     old, new = state_dict.get(key), getattr(model, "pos_embed", None)
     if old is None or new is None or old.shape == new.shape or old.dim() != 3:
+        return
+    if not hasattr(model, "num_prefix_tokens"):
+        # Not timm's: nothing says which of them are of places.
         return
     num_prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
     if math.isqrt(old.shape[1] - num_prefix) ** 2 != old.shape[1] - num_prefix:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo_fast.layout import MediaLayout
-from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV
+from flamingo_fast.modules.cross_attention import MaskedCrossAttention, MediaKV, media_or_kv
 from flamingo_fast.modules.feed_forward import FeedForward
 from flamingo_fast.modules.norm import RMSNorm
 from flamingo_fast.modules.options import op_impl
@@ -82,6 +82,12 @@ class _GatedLayer(nn.Module):
         self.leaves_unattended = unattended == "zero_block"
         options = {"unattended": unattended}
         if self.leaves_unattended:
+            past_last = attn.get("past_last")
+            if past_last not in (None, "zero"):
+                raise ValueError(
+                    "past_last: expected None or 'zero' beside unattended='zero_block', got "
+                    f"{past_last!r}"
+                )
             options = {"unattended": "zero", "past_last": "zero"}
         self.attn = MaskedCrossAttention(dim=dim, **{**attn, **options})
         self.attn_gate = _gate(dim, tanh_gating, vector_gates)
@@ -122,9 +128,7 @@ class _GatedLayer(nn.Module):
         media_locations: torch.Tensor | None,
         use_cached_media: bool,
     ) -> MediaLayout:
-        of_media = media if media_kv is None else media_kv[0]
-        if of_media is None:
-            raise ValueError("media: expected a tensor where media_kv is not given")
+        of_media = media_or_kv(media, media_kv)
         return self.attn.make_layout(x, of_media, media_locations, use_cached_media)
 
     def _finish(
@@ -161,7 +165,8 @@ class GatedCrossAttentionBlock(_GatedLayer):
         bias, norm: see there; also of the feed-forward.
         ff_mult: hidden width of the feed-forward, in units of dim.
         unattended: as of `MaskedCrossAttention`; "zero_block" leaves tokens that attend to nothing
-            as they are, bit for bit, feed-forward and all (Meta's Mllama and torchtune).
+            as they are, bit for bit, feed-forward and all (Meta's Mllama and torchtune), those past
+            the last medium too.
         activation: "gelu" (OpenFlamingo) or "squared_relu" (Flamingo, appendix A.1.4).
         tanh_gating: without it, row iii of Flamingo's table 3, there are no gates.
         vector_gates: gates of shape (dim,) in place of (1,) (IDEFICS).

@@ -253,6 +253,8 @@ def _tensors(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
         kind = type(inner).__name__
         raise TypeError(f"state_dict: expected a mapping as model_state_dict, got {kind}")
     for key, tensor in inner.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected names of tensors, got {key!r}")
         if not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"state_dict: expected tensors, got {kind} for {key!r}")

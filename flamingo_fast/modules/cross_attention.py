@@ -77,7 +77,6 @@ class MaskedCrossAttention(nn.Module):
         check_dims(dim=dim, dim_visual=dim_visual, dim_head=dim_head)
         self.heads, self.dim_head = heads, dim_head
         self.kv_heads = check_heads(heads, kv_heads)
-        self.only_attend_immediate_media = only_attend_immediate_media
         default = "previous" if only_attend_immediate_media else "all_previous"
         self.attend = one_of("attend", default if attend is None else attend, ATTEND)
         default = "uniform" if self.attend == "all_previous" else "zero"
@@ -140,9 +139,7 @@ class MaskedCrossAttention(nn.Module):
         media_kv: MediaKV | None,
     ) -> tuple[torch.Tensor, MediaKV]:
         """What `forward` gives to `to_out`, (B, L, heads * dim_head), and the keys and values."""
-        of_media = media if media_kv is None else media_kv[0]
-        if of_media is None:
-            raise ValueError("media: expected a tensor where media_kv is not given")
+        of_media = media_or_kv(media, media_kv)
         # Before media are projected: their shape is checked there.
         if layout is None:
             layout = self.make_layout(x, of_media, media_locations, use_cached_media)
@@ -188,6 +185,14 @@ class MaskedCrossAttention(nn.Module):
             f"heads={self.heads}{kv_heads}, dim_head={self.dim_head}, attend={self.attend!r}, "
             f"unattended={self.unattended!r}, impl={self.impl!r}"
         )
+
+
+def media_or_kv(media: torch.Tensor | None, media_kv: MediaKV | None) -> torch.Tensor:
+    """What has the media's shape up to their tokens: keys, if there are some."""
+    of_media = media if media_kv is None else media_kv[0]
+    if of_media is None:
+        raise ValueError("media: expected a tensor where media_kv is not given")
+    return of_media
 
 
 def project_media_kv(

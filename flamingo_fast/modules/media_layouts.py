@@ -19,7 +19,7 @@ def layout_for(
     use_cached_media: bool,
     attend: str,
 ) -> MediaLayout:
-    """The layout that OpenFlamingo's arguments say, the same one for all layers of a model.
+    """The layout that OpenFlamingo's arguments say; with locations one for all layers of a model.
 
     Arguments:
         user: the module that asks.

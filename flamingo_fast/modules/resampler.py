@@ -192,6 +192,10 @@ class _Resampler(nn.Module):
                 f"media_seqlens: expected shape {tuple(x.shape[:2])}, got "
                 f"{tuple(media_seqlens.shape)}"
             )
+        if places is not None and places.shape != x.shape[:2]:
+            raise ValueError(
+                f"places: expected shape {tuple(x.shape[:2])}, got {tuple(places.shape)}"
+            )
         if self.media_proj is not None:
             x = self.media_proj(x)
         if self.frame_embs is not None:
@@ -439,7 +443,7 @@ class MLPResampler(_Resampler):
 class SelfAttention(nn.Module):
     """Tokens attend to all tokens of their medium, without the residual.
 
-    Arguments: those of `PerceiverAttention`.
+    Arguments: those of `PerceiverAttention` that it has; impl is of the norm alone.
     """
 
     def __init__(
