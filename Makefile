@@ -40,9 +40,9 @@ ifndef BESIDE
 endif
 .PHONY: check lint docs test coverage test-transformers test-lowest test-nsys accept-cpu verify verify-collected bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
-# First what is one process each, two at a time; then what takes all cores.
+# First what is one process of one thread each, two at a time; then what takes all cores.
 check: $(STAMP) $(OTHER)/.installed
-	@$(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 lint docs accept-cpu test-nsys
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 lint docs accept-cpu test-nsys
 	@$(MAKE) --no-print-directory test test-transformers verify-collected
 
 lint: $(STAMP)

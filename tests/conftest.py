@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 
 # Triton decides at import whether kernels are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "TEST_DEVICE" in os.environ else "1")
+# Rounding depends on it, and on two cores two workers have one each: threads of more than there are
+# cores wait for each other in turns. Benchmarks, which would take all cores, and processes heed it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -22,9 +25,6 @@ DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
-# Rounding depends on it, and on two cores two workers have one each.
-THREADS = 1
-torch.set_num_threads(THREADS)
 
 # How the reason starts of a test that skips for want of an optional apt package.
 _NEEDS_APT = "needs apt package"
@@ -40,14 +40,6 @@ def interpreter_bf16() -> Iterator[None]:
 
     with correct_bf16():
         yield
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Benchmarks take all cores, and leave it so."""
-    yield
-    if torch.get_num_threads() != THREADS:
-        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

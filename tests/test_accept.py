@@ -41,7 +41,6 @@ CPU = torch.device("cpu")
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of stages find the planted ones."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def _stages(*names: str, processes: int = 1) -> list[Stage]:

@@ -19,11 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_example(name: str, *arguments: object, cwd: Path) -> str:
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
         cwd=cwd,

@@ -156,7 +156,7 @@ def test_torchrun_trains_stops_by_sigterm_and_goes_on(
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "-m", "flamingo_fast.cli", "train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = tmp_path / "out"
     run = run_of(data, out, checkpoint_every=0, steps=10_000)
     path = write_config(tmp_path / "config.yaml", run)
