@@ -19,7 +19,7 @@ TEST_ARGS ?=
 # VERSION is something else's.
 VERSION := 4.57.1
 # Of the kernels' and layouts' many cases one of so many runs, others at each commit; 1: all.
-TEST_SAMPLE ?= 4
+TEST_SAMPLE ?= 6
 BENCH_ARGS ?=
 # Hugging Face's library that `export-kernels` writes for, beside the environment: in it,
 # transformers would use it.
