@@ -34,6 +34,8 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
+    """Versions of libraries (None: not installed), devices, and what can run on them."""
+
     versions: dict[str, str | None]
     devices: list[str]
     backends: list[Backend]

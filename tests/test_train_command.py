@@ -436,6 +436,18 @@ def test_finetuning_goes_on_from_a_checkpoints_weights(
     assert lines[0] == lines[1] == lines[2]
 
 
+def test_finetuning_takes_no_tokenizer_of_another_model(
+    run: Run, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "models" / "bare"
+    shutil.copytree(finished / "model", source, ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(finished / "model", tmp_path / "model")
+    values = finetuning(data, tmp_path / "out")
+    del values["tokenizer"]
+    outcome = run(values, "--from", source, name="finetune")
+    _refused(outcome, "tokenizer: expected a value, it is missing")
+
+
 def test_finetuned_models_are_finetuned(run: Run, data: Path, tmp_path: Path) -> None:
     """A checkpoint with vision weights in it, of a run that began with a folder in bf16."""
     outs = [tmp_path / name for name in ("first", "second", "third")]

@@ -65,11 +65,14 @@ def finetune(
     warm-up. The tokenizer is the one in the folder, or of the run's model, if there is one.
     """
     from flamingo_fast.training.config import FINETUNING
+    from flamingo_fast.training.model_source import CHECKPOINTS
     from flamingo_fast.training.run_folder import MODEL
 
     defaults: dict[str, Any] = {**FINETUNING, "model": str(source)}
-    # What a run ended with has one; beside it are its checkpoints.
-    for folder in (source, source / MODEL, source.parent.parent / MODEL):
+    run = source.resolve()
+    if run.parent.name == CHECKPOINTS:
+        run = run.parent.parent
+    for folder in (source, run / MODEL):
         if any(folder.glob("tokenizer*")):
             defaults["tokenizer"] = str(folder)
             break

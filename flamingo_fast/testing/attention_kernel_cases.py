@@ -24,6 +24,7 @@ _SEVERAL_MEDIA = (
 
 
 def attention_cases() -> Iterator[KernelCase]:
+    """Of the kernels for one medium a token, then of those for several."""
     yield from _one_medium_cases()
     yield from _several_media_cases()
 
