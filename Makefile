@@ -25,6 +25,9 @@ BENCH_ARGS ?=
 # transformers would use it.
 HUB := kernels==0.17.2
 
+# Tests start hundreds of processes, which would compile every module of the checkout each.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(PINS) $(PEERS) $(HUB)' | cksum | cut -d' ' -f1)
@@ -40,10 +43,12 @@ ifndef BESIDE
 endif
 .PHONY: check lint docs test coverage test-transformers test-lowest test-nsys accept-cpu verify verify-collected bench bench-full bench-pytest aot demo gpu gpu-test install clean distclean
 
-# First what is one process of one thread each, two at a time; then what takes all cores.
+# First what is one process of one thread each, two at a time, the longest first; then what takes all
+# cores.
 check: $(STAMP) $(OTHER)/.installed
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 lint docs accept-cpu test-nsys
-	@$(MAKE) --no-print-directory test test-transformers verify-collected
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 --output-sync=target BESIDE=1 WORKERS=0 \
+	  accept-cpu test-transformers lint docs test-nsys
+	@$(MAKE) --no-print-directory test verify-collected
 
 lint: $(STAMP)
 	$(call timed,$@,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
@@ -51,6 +56,9 @@ lint: $(STAMP)
 
 # How tests ended, for verify-collected.
 JUNIT := build/junit
+# Of tests that run side by side; one that is done takes over some of another's.
+WORKERS ?= auto
+XDIST := -n $(WORKERS) --dist worksteal
 
 # The site of docs/, into build/site; reads nothing from the net, and a warning is an error: but
 # with --quiet mkdocs would count none.
@@ -59,16 +67,16 @@ docs: $(STAMP)
 
 test: $(STAMP)
 	@rm -f $(JUNIT)/test.xml
-	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
+	$(call timed,$@,$(BIN)/python -m pytest -q $(XDIST) --sample $(TEST_SAMPLE) \
 	  --junitxml $(JUNIT)/test.xml $(TEST_ARGS))
 
 # Lines that `make test` runs, in its processes too: fails under 90 %.
 coverage: $(STAMP)
-	$(call timed,$@,$(BIN)/python -m pytest -q -n auto --sample $(TEST_SAMPLE) --cov --cov-report=term \
+	$(call timed,$@,$(BIN)/python -m pytest -q $(XDIST) --sample $(TEST_SAMPLE) --cov --cov-report=term \
 	  --cov-report=html:build/coverage $(TEST_ARGS))
 
 test-transformers: $(OTHER)/.installed
-	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q -n auto --sample $(TEST_SAMPLE) \
+	$(call timed,$@ $(VERSION),$(OTHER)/bin/python -m pytest -q $(XDIST) --sample $(TEST_SAMPLE) \
 	  $(filter-out %_bench.py,$(wildcard tests/test_patch*.py)) $(TEST_ARGS))
 
 # The oldest of all three that are supported, in an environment of its own: a job beside `check`.
@@ -92,7 +100,7 @@ test-nsys: $(STAMP)
 VERIFY_ARGS ?=
 
 verify: $(STAMP)
-	$(call timed,$@,$(BIN)/flamingo-fast verify $(VERIFY_ARGS) -- -n auto --sample $(TEST_SAMPLE))
+	$(call timed,$@,$(BIN)/flamingo-fast verify $(VERIFY_ARGS) -- $(XDIST) --sample $(TEST_SAMPLE))
 
 verify-collected: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast verify --junit $(JUNIT) $(VERIFY_ARGS))

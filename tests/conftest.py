@@ -4,6 +4,7 @@ TEST_DEVICE=cuda runs them on a GPU instead, kernels compiled; `make gpu` names 
 """
 
 import collections
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -115,6 +116,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cpu"):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    # What benchmarks collect before they time would be all modules and tests, seconds each time.
+    gc.collect()
+    gc.freeze()
 
 
 def _version(name: str) -> str:
