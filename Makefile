@@ -105,7 +105,7 @@ verify: $(STAMP)
 verify-collected: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast verify --junit $(JUNIT) $(VERIFY_ARGS))
 
-# Table 3 at a small scale and one case of each family: a quarter of an hour on 2 cores.
+# Table 3 at a small scale and one case of each family: 12 to 33 minutes on 2 cores.
 bench: $(STAMP)
 	$(call timed,$@,$(BIN)/flamingo-fast bench table3 headline $(BENCH_ARGS))
 

@@ -1,6 +1,7 @@
 """What imports what: a bare import stays light, missing packages stop nothing else."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def imported_by(program: str) -> set[str]:
+@functools.cache
+def imported_by(program: str) -> frozenset[str]:
     """Modules that a fresh interpreter has after `program` and not before, the library's aside."""
     result = run_python(
         f"import sys; before = set(sys.modules)\n{program}\n"
@@ -47,7 +49,7 @@ def imported_by(program: str) -> set[str]:
     )
     assert result.returncode == 0, result.stderr
     names = result.stderr.splitlines()[-1].split()
-    return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+    return frozenset(n for n in names if n.partition(".")[0] not in sys.stdlib_module_names)
 
 
 def test_a_bare_import_is_of_one_module() -> None:
