@@ -124,6 +124,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    # Libraries that count what is left at the end would call it leaked.
+    gc.unfreeze()
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
