@@ -25,7 +25,8 @@ BENCH_ARGS ?=
 # transformers would use it.
 HUB := kernels==0.17.2
 
-# Tests start hundreds of processes, which would compile every module of the checkout each.
+# Where it is set, every process of the tests compiles what it imports of the checkout anew: to
+# collect them takes 16 s, not 11.
 export PYTHONDONTWRITEBYTECODE :=
 
 BIN := $(VENV)/bin

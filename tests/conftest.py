@@ -26,7 +26,6 @@ DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
-
 # How the reason starts of a test that skips for want of an optional apt package.
 _NEEDS_APT = "needs apt package"
 
